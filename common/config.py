@@ -1,0 +1,244 @@
+"""The configuration of a run: one frozen document, refused where it is wrong, that travels to every site.
+
+`RunConfig` is what the coordinator decides; `SiteConfig` (client/site_config.py) is what a hospital decides. A key
+nobody knows is an error that names the nearest known one. Keys are written in Python's snake_case; kebab-case is
+accepted at the command line and in files.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from common.errors import ConfigError, nearest
+
+SCHEMA_VERSION = 1
+T = TypeVar("T", bound=BaseModel)
+
+TaskName = Literal["segmentation", "classification", "tabular"]
+Size = Annotated[int, Field(ge=1)]
+
+
+class Strict(BaseModel):
+    """Frozen pydantic model that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Strict):
+    """What every site's data must look like, and how it is brought to the network."""
+
+    task: TaskName = "segmentation"
+    spatial_dims: Literal[0, 2, 3] = Field(3, description="3 volumes, 2 pictures, 0 tables")
+    channels: tuple[str, ...] = Field(("T1",), description="input channels (modalities), or the table's features")
+    labels: tuple[str, ...] = Field(("background", "foreground"), description="class names; index = label value")
+    spacing: tuple[float, ...] | None = Field(None, description="target voxel spacing in mm; none keeps each site's own")
+    orientation: str | None = Field(None, description="axis codes that volumes are brought to, e.g. RAS; none keeps")
+    patch: tuple[Size, ...] = Field((32, 32, 32), description="training patch (also sliding window) in voxels")
+    patches_per_case: int = Field(2, ge=1, description="patches drawn from a case per visit")
+    foreground_ratio: float = Field(0.5, ge=0, le=1, description="share of patches centred on a labelled voxel")
+    normalise: Literal["case", "case-nonzero", "range", "none"] = Field(
+        "case", description="z-score per case and channel, over all or non-zero voxels; 0-255 to 0-1; or as is"
+    )
+    augment: bool = Field(True, description="random flips and small intensity changes")
+    missing: Literal["median", "zero"] = Field("median", description="tables: missing values, filled with the site's own")
+    spacing_tolerance: float = Field(0.0, ge=0, description="refuse a case whose spacing is off by more than this ratio; 0 off")
+
+    @model_validator(mode="after")
+    def _dimensions(self) -> Self:
+        if self.task != "tabular" and self.spatial_dims == 0:
+            raise ValueError("spatial_dims 0 is for task tabular")
+        if self.spatial_dims and len(self.patch) != self.spatial_dims:
+            raise ValueError(f"patch has {len(self.patch)} sizes, spatial_dims is {self.spatial_dims}")
+        if self.spacing is not None and len(self.spacing) != self.spatial_dims:
+            raise ValueError(f"spacing has {len(self.spacing)} values, spatial_dims is {self.spatial_dims}")
+        if len(self.labels) < 2:
+            raise ValueError("labels needs at least two classes")
+        return self
+
+
+class ModelConfig(Strict):
+    """The network, by name, with its sizes."""
+
+    name: str = Field("auto", description="auto takes the task's default; see common/models")
+    width: int = Field(16, ge=1, description="channels of the first level")
+    levels: int = Field(3, ge=2, le=6, description="resolution levels of a U-shaped net")
+    norm: Literal["instance", "batch", "group", "none"] = "instance"
+    dropout: float = Field(0.0, ge=0, lt=1)
+    hidden: tuple[Size, ...] = Field((32,), description="hidden layers of the MLP")
+
+
+class TrainConfig(Strict):
+    """Local training."""
+
+    local_epochs: int = Field(1, ge=1, description="visits of each local case per round")
+    batch_size: int = Field(4, ge=1, description="patches or rows per step")
+    optimizer: Literal["adam", "sgd", "adamw"] = "adam"
+    lr: float = Field(1e-3, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd")
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(0.0, ge=0, description="gradient norm bound; 0 off")
+    optimizer_state: Literal["fresh", "kept"] = Field("fresh", description="restart the optimiser every round, or keep it")
+    class_weights: tuple[float, ...] | None = None
+
+
+class RoundConfig(Strict):
+    """The federation's rhythm."""
+
+    rounds: int = Field(3, ge=1)
+    quorum: float = Field(1.0, gt=0, le=1, description="share of the sites a round needs")
+    deadline: float = Field(3600.0, gt=0, description="seconds a round waits for its sites")
+    ready_timeout: float = Field(300.0, gt=0, description="seconds the run waits for every site's first answer")
+    sample: float = Field(1.0, gt=0, le=1, description="share of the sites asked in a round, drawn with the run's seed")
+    poll: float = Field(0.05, gt=0, description="seconds between looks for replies")
+    hd95: Literal["never", "end", "always"] = Field("end", description="when the slow surface distance is computed")
+
+
+class RunConfig(Strict):
+    """Everything the coordinator decides about a run. Frozen; travels down with every message.
+
+    Attributes:
+        version: Schema version; both ends refuse another one.
+        method: Name of a registered method (common/methods).
+        params: The method's own parameters; checked by the method.
+        seed: Every random choice of the run derives from it.
+        sites: Aliases of the sites that must take part; empty means all that are connected at the start.
+    """
+
+    version: Literal[1] = SCHEMA_VERSION
+    method: str = "fedavg"
+    params: dict[str, Any] = Field(default_factory=dict)
+    seed: int = Field(0, ge=0, lt=2**32)
+    sites: tuple[str, ...] = ()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    rounds: RoundConfig = RoundConfig()
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
+        """Check a plain mapping.
+
+        Raises:
+            ConfigError: An unknown key (with the nearest known one) or a value out of its range.
+        """
+        return checked(cls, mapping)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read the JSON form; an empty text gives the defaults."""
+        try:
+            mapping = json.loads(text) if text.strip() else {}
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"The run configuration is not JSON (line {error.lineno}). Write it with `wardround trial`.") from error
+        if not isinstance(mapping, dict):
+            raise ConfigError(f"The run configuration must be a JSON object, got {type(mapping).__name__}.")
+        return cls.from_mapping(mapping)
+
+    def to_json(self) -> str:
+        """Canonical JSON: same config, same bytes."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    def with_settings(self, settings: Mapping[str, Any], params: type[BaseModel]) -> Self:
+        """Return a copy with `--set key=value` settings applied.
+
+        Args:
+            settings: Keys are dotted (`train.lr`) or, where only one section has them, bare (`lr`). A parameter of the
+                method goes into `params`. Values are JSON or plain text.
+            params: Parameter model of the method.
+
+        Raises:
+            ConfigError: A key that no section has, or one that several sections have.
+        """
+        document = self.model_dump(mode="json")
+        homes = setting_keys(params)
+        for key, value in settings.items():
+            name = key.replace("-", "_")
+            found = homes.get(name)
+            if found is None:
+                raise ConfigError(f"Unknown setting '{key}'. {nearest(key, homes)}")
+            if len(found) > 1:
+                raise ConfigError(f"Setting '{key}' exists in several sections: write one of {', '.join(sorted(found))}.")
+            *sections, leaf = found[0].split(".")
+            target = document
+            for section in sections:
+                target = target[section]
+            target[leaf] = parse_value(value)
+        return type(self).from_mapping(document)
+
+
+def setting_keys(params: type[BaseModel]) -> dict[str, list[str]]:
+    """Return every name that `--set` knows, with the dotted places it can mean. Method parameters win a bare name."""
+    homes: dict[str, list[str]] = {}
+    own = {f"params.{name}" for name in params.model_fields}
+    for place in own:
+        homes[place] = [place]
+        homes[place.removeprefix("params.")] = [place]
+    for name, field in RunConfig.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            for leaf in section.model_fields:
+                homes[f"{name}.{leaf}"] = [f"{name}.{leaf}"]
+                if f"params.{leaf}" not in own:
+                    homes.setdefault(leaf, []).append(f"{name}.{leaf}")
+        elif name in {"seed", "method"}:
+            homes[name] = [name]
+    return homes
+
+
+def parse_value(value: Any) -> Any:
+    """Read a command-line value: JSON where it is JSON, a comma list, else the text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        pass
+    if "," in value:
+        return [parse_value(part.strip()) for part in value.split(",")]
+    return value
+
+
+def checked(model: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
+    """Validate a mapping against a pydantic model, turning its complaints into one clear sentence.
+
+    Raises:
+        ConfigError: Naming the key, what was expected and what was got.
+    """
+    normal = _snake(mapping)
+    try:
+        return model.model_validate(normal)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        place = f"{where}{path}" if where or path else model.__name__
+        if first["type"] == "extra_forbidden":
+            owner = _owner(model, first["loc"][:-1])
+            raise ConfigError(f"Unknown key '{place}'. {nearest(str(first['loc'][-1]), owner.model_fields)}") from error
+        got = first.get("input")
+        shown = f", got {got!r}" if isinstance(got, str | int | float | bool | list | tuple) else ""
+        raise ConfigError(f"Bad value for '{place}': {first['msg']}{shown}. Correct it and start again.") from error
+
+
+def _snake(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key).replace("-", "_"): _snake(item) for key, item in value.items()}
+    return value
+
+
+def _owner(model: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel]:
+    for part in path:
+        field = model.model_fields.get(str(part))
+        if field is None:
+            break
+        kind = field.annotation
+        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+            kind = next((k for k in typing.get_args(kind) if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            model = kind
+    return model

@@ -1,0 +1,328 @@
+"""What a federated method is: parameters, a server half, a site half, and nothing shared between the halves.
+
+A method lives in one file of `common/methods/`. Its two halves meet only through payloads that went through bytes.
+The halves hold their parameters and nothing else; whatever must be remembered is a `State` that goes in and comes out.
+
+    server half                                  site half
+    ───────────                                  ─────────
+    init(model) -> State                         init(work) -> State
+    send(state, site, ctx) -> payloads  ───────► models(received, state) -> weights to evaluate
+                                                 train(work, received, state) -> SiteResult
+    fold(acc, reply) -> acc             ◄─────── payloads, cases
+    finish(state, acc, ctx) -> State
+
+`fold` takes one reply at a time, in the fixed order of the sites, and may keep only sums, so memory does not grow with
+the number of sites and the order of arrival changes nothing. The base class reduces each payload as its spec says;
+most methods override one thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from common.config import RunConfig, checked
+from common.errors import ConfigError, PayloadError, nearest
+from common.payload import Kind, Payload, Payloads, PayloadSpec, Reduce, State, Tensors
+
+GLOBAL = "global"
+PERSONAL = "personal"
+
+
+class MethodParams(BaseModel):
+    """Base of a method's parameters: frozen; fields named after the paper's symbols, with range and description."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """What both halves know about the moment.
+
+    Attributes:
+        run: Run identifier.
+        round: 1-based round; the closing evaluation carries rounds + 1.
+        rounds: Rounds of the run.
+        seed: The run's seed.
+        site: Alias of the site concerned ("" at the server when no site is).
+    """
+
+    run: str
+    round: int
+    rounds: int
+    seed: int
+    site: str = ""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Parameter groups of a network by name: state-dict keys. A key may be in several groups.
+
+    Groups that every network has: extractor and head (together all parameters), norm (parameters and buffers of
+    normalisation layers), buffers (all buffers). U-shaped nets add encoder and decoder.
+    """
+
+    names: Mapping[str, tuple[str, ...]]
+
+    def __getitem__(self, group: str) -> tuple[str, ...]:
+        """Return the state-dict keys of a group.
+
+        Raises:
+            ConfigError: Unknown group.
+        """
+        if group not in self.names:
+            raise ConfigError(f"Unknown parameter group '{group}'. {nearest(group, self.names)}")
+        return self.names[group]
+
+
+@dataclass
+class Reply:
+    """One site's decoded and checked answer to a round."""
+
+    site: str
+    cases: int
+    payloads: Payloads
+
+
+@dataclass
+class Accumulator:
+    """Running sums over the replies folded so far: float64, by payload and tensor name."""
+
+    sums: dict[str, Tensors] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    cases: int = 0
+    sites: list[str] = field(default_factory=list)
+
+
+class ServerHalf:
+    """Server half of a method: FedAvg's, unless overridden.
+
+    The model lies in the state's namespace "model". A subclass that adds payloads extends `downlink`/`uplink` and
+    overrides `send` and `update`; one with an unusual reduction overrides `fold` and `finish`.
+    """
+
+    downlink: ClassVar[tuple[PayloadSpec, ...]] = (PayloadSpec("model", Kind.MODEL, Reduce.NONE),)
+    uplink: ClassVar[tuple[PayloadSpec, ...]] = (PayloadSpec("model", Kind.MODEL, Reduce.WEIGHTED_MEAN),)
+
+    def __init__(self, params: Any) -> None:
+        self.params = params
+
+    def init(self, model: Tensors, groups: Groups, ctx: RoundContext) -> State:
+        """Return the state before round 1.
+
+        Args:
+            model: The initial network's state dict, built from the run's seed.
+            groups: Its parameter groups.
+            ctx: Round 0.
+        """
+        return State().having("model", model)
+
+    def send(self, state: State, site: str, ctx: RoundContext) -> list[Payload]:
+        """Return what one site receives this round (also in the closing evaluation)."""
+        return [Payload("model", Kind.MODEL, state.part("model"))]
+
+    def begin(self, state: State, ctx: RoundContext) -> Accumulator:
+        """Return an empty accumulator for the round."""
+        return Accumulator()
+
+    def fold(self, acc: Accumulator, reply: Reply) -> Accumulator:
+        """Take in one reply; nothing of it may be kept but sums. Replies come in the fixed order of the sites."""
+        specs = {spec.name: spec for spec in self.uplink}
+        for name, payload in reply.payloads.items():
+            if specs[name].reduce is Reduce.NONE:
+                continue
+            weight = float(reply.cases) if specs[name].reduce is Reduce.WEIGHTED_MEAN else 1.0
+            sums = acc.sums.setdefault(name, {})
+            for key, tensor in payload.tensors.items():
+                term = tensor.to(torch.float64) * weight
+                sums[key] = sums[key].add_(term) if key in sums else term
+            acc.weights[name] = acc.weights.get(name, 0.0) + weight
+        acc.cases += reply.cases
+        acc.sites.append(reply.site)
+        return acc
+
+    def finish(self, state: State, acc: Accumulator, ctx: RoundContext) -> State:
+        """Close the round: divide the sums as declared and hand them to `update`.
+
+        Raises:
+            PayloadError: No site contributed a single case.
+        """
+        if not acc.sites or acc.cases <= 0:
+            raise PayloadError(f"Round {ctx.round}: no site contributed a training case; the model stays as it was.")
+        reduced: dict[str, Tensors] = {}
+        for spec in self.uplink:
+            if spec.name in acc.sums:
+                divisor = acc.weights[spec.name] if spec.reduce is Reduce.WEIGHTED_MEAN else 1.0
+                reduced[spec.name] = {key: total / divisor for key, total in acc.sums[spec.name].items()}
+        return self.update(state, reduced, ctx)
+
+    def update(self, state: State, reduced: dict[str, Tensors], ctx: RoundContext) -> State:
+        """Return the next state from the reduced payloads (float64). FedAvg: the mean is the new model."""
+        old = state.part("model")
+        if "model" not in reduced:
+            return state
+        return state.having("model", {key: cast_like(reduced["model"][key], old[key]) for key in old})
+
+    def model(self, state: State) -> Tensors | None:
+        """Return the global model to save, or None if the method has none."""
+        return state.part("model") or None
+
+
+@dataclass
+class FitStats:
+    """What a call of the local loop did: steps taken, samples seen, mean training loss, seconds."""
+
+    steps: int
+    samples: int
+    loss: float
+    seconds: float
+
+
+LossTerm = Callable[[nn.Module], Tensor]
+Hook = Callable[[nn.Module], None]
+
+
+class SiteWork(Protocol):
+    """What the worker offers a site half during a round: the network, the data, the one local loop.
+
+    Attributes:
+        ctx: The round's context, with this site's alias.
+        model: The network on the site's device; `load` and `fit` change it.
+        groups: Its parameter groups.
+        cases: Number of training cases at the site.
+    """
+
+    ctx: RoundContext
+    model: nn.Module
+    groups: Groups
+    cases: int
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Load a complete state dict (CPU tensors) into the network."""
+
+    def weights(self) -> Tensors:
+        """Return a detached copy of the network's state dict on the CPU."""
+
+    def on_device(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        """Return copies of tensors on the network's device (for loss terms)."""
+
+    def fit(
+        self,
+        *,
+        stream: str = "main",
+        epochs: int | None = None,
+        steps: int | None = None,
+        loss_term: LossTerm | None = None,
+        after_backward: Hook | None = None,
+        after_step: Hook | None = None,
+        lr_scale: float = 1.0,
+        trainable: Sequence[str] | None = None,
+    ) -> FitStats:
+        """Train the network in place with the run's optimiser.
+
+        The batches of (seed, site, round) are the same for every stream, so two branches of a method see the same
+        data in the same order; a stream has its own optimiser state.
+
+        Args:
+            stream: Name of the branch of the method.
+            epochs: Local epochs; the run's own number where None.
+            steps: Exact number of steps instead of epochs (the data is cycled).
+            loss_term: Added to the task's loss; receives the network.
+            after_backward: Called between backward and the optimiser's step (gradients are in place).
+            after_step: Called after the optimiser's step.
+            lr_scale: Factor on the run's learning rate.
+            trainable: State-dict keys to train; the others are frozen. All where None.
+        """
+
+    def progress(self, phase: str) -> None:
+        """Tell the operator what the site is doing now (a short fixed word)."""
+
+
+@dataclass
+class SiteResult:
+    """What a site half gives back: what leaves (payloads, case count) and what stays (state)."""
+
+    payloads: list[Payload]
+    state: State
+    cases: int
+    stats: FitStats | None = None
+
+
+class SiteHalf:
+    """Site half of a method: FedAvg's, unless overridden."""
+
+    def __init__(self, params: Any) -> None:
+        self.params = params
+
+    def init(self, work: SiteWork) -> State:
+        """Return this site's state before its first round."""
+        return State()
+
+    def start(self, received: Payloads, state: State) -> Tensors:
+        """Return the complete weights that local training starts from."""
+        return received["model"].tensors
+
+    def models(self, received: Payloads, state: State) -> dict[str, Tensors]:
+        """Return the weights to evaluate, by name (`GLOBAL`, `PERSONAL`). The personal one is the hospital's own."""
+        return {GLOBAL: received["model"].tensors}
+
+    def loss_term(self, work: SiteWork, received: Payloads, state: State) -> LossTerm | None:
+        """Return an extra term of the local objective, or None."""
+        return None
+
+    def train(self, work: SiteWork, received: Payloads, state: State) -> SiteResult:
+        """Do the round's local work."""
+        work.load(self.start(received, state))
+        stats = work.fit(loss_term=self.loss_term(work, received, state))
+        return SiteResult([Payload("model", Kind.MODEL, work.weights())], state, work.cases, stats)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method: its name, parameters and two halves.
+
+    Attributes:
+        name: What `--method` takes.
+        title: One line for people.
+        params: Parameter model.
+        server: Class of the server half.
+        site: Class of the site half.
+        neutral: Parameters at which the method equals `equals` to the bit.
+        equals: Name of the method it then equals ("" if the paper names none).
+        personal: True if each hospital ends with a model of its own.
+    """
+
+    name: str
+    title: str
+    params: type[MethodParams]
+    server: type[ServerHalf]
+    site: type[SiteHalf]
+    neutral: Mapping[str, Any] = field(default_factory=dict)
+    equals: str = ""
+    personal: bool = False
+
+    def parse(self, params: Mapping[str, Any]) -> MethodParams:
+        """Check the method's parameters.
+
+        Raises:
+            ConfigError: Unknown parameter, or a value out of its range.
+        """
+        return checked(self.params, params, where=f"{self.name}.")
+
+
+def make_halves(method: Method, config: RunConfig) -> tuple[ServerHalf, SiteHalf]:
+    """Build both halves with a run's parameters (each end uses one of them)."""
+    params = method.parse(config.params)
+    return method.server(params), method.site(params)
+
+
+def cast_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Bring a float64 tensor to another's dtype; integers are rounded to nearest, not cut."""
+    if like.dtype.is_floating_point:
+        return tensor.to(like.dtype)
+    return tensor.round().to(like.dtype)
