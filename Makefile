@@ -1,0 +1,55 @@
+# make trial   set everything up and run a three-hospital trial        make test   set everything up and run all tests
+# make help    the rest
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# A CPU-only machine on the open internet saves gigabytes with: make TORCH_INDEX=https://download.pytorch.org/whl/cpu ...
+TORCH_INDEX ?=
+PYTEST := $(BIN)/python -m pytest
+ARGS ?=
+
+.PHONY: help venv trial simulate test test-fast e2e bench check format proto clean
+.DEFAULT_GOAL := help
+
+help:  ## show this
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /\1\t/' | expand -t 14
+
+venv: $(READY)  ## make .venv from constraints.txt
+
+$(READY): constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"wardround needs Python 3.11 or 3.12, this is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[simulation,dev]'
+	$(BIN)/python -m compileall -q common server client ops
+	touch $(READY)
+
+trial: $(READY)  ## run a trial: three hospitals, TLS, keys, default data (ARGS="--method ditto --rounds 5")
+	$(BIN)/wardround trial $(ARGS)
+
+simulate: $(READY)  ## the same run in Flower's simulation runtime
+	$(BIN)/wardround simulate $(ARGS)
+
+test: test-fast e2e  ## all tests: the fast suite, then the ones that start real processes
+
+test-fast: $(READY)  ## the fast suite (under a minute)
+	$(PYTEST) -q -m "not e2e and not gpu and not docker and not bench" $(ARGS)
+
+e2e: $(READY)  ## real SuperLink, SuperNodes, relays and workers
+	$(PYTEST) -q -m "e2e and not gpu and not docker" $(ARGS)
+
+bench: $(READY)  ## measure; writes build/bench/*.json with the environment beside it
+	$(BIN)/python -m tests.bench.run $(ARGS)
+
+check: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(READY)  ## let ruff tidy up
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+proto: $(READY)  ## regenerate common/proto from wardround.proto
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. common/proto/wardround.proto
+
+clean:  ## remove .venv, caches and build output; keeps data/ and runs/
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,327 @@
+"""A hospital's side of the conversation: what the worker does with a message that the relay brought.
+
+The site decides by its own policy, works on its own data, keeps its own state, and answers with payloads its policy
+lets out. It holds one session: the run it is in, with decoded volumes, network and trainer kept warm between messages.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import common
+from client.data.check import SiteCheck, check_site
+from client.data.datalist import Datalist, read_datalist
+from client.data.dataset import SiteDataset
+from client.site_config import SiteConfig
+from client.slices import save_slices
+from client.state import SiteStates, join_states, split_state
+from client.trainer import Trainer
+from common.config import DataConfig, RunConfig
+from common.errors import DataError, MismatchError, PayloadError, PolicyError, nearest
+from common.events import EventLog
+from common.frames import Parts
+from common.method import PERSONAL, Method, RoundContext, SiteHalf
+from common.methods import get_method
+from common.models import build_model, parameter_groups, template
+from common.payload import Payload, Tensors, check_payloads
+from common.store import write_tensors
+from common.tasks import get_task
+from common.wire import CLOSING, HELLO, ROUND, Envelope, MetricSet, decode, encode
+
+SLICES = 3
+PROGRESS_SECONDS = 0.25
+_RUN_ID = re.compile(r"[A-Za-z0-9._-]{1,80}")
+
+
+@dataclass
+class Session:
+    """The run a site is in."""
+
+    run: str
+    text: str
+    config: RunConfig
+    method: Method
+    half: SiteHalf
+    trainer: Trainer
+    template: Tensors
+    states: SiteStates
+
+
+class Site:
+    """One hospital.
+
+    Args:
+        config: The hospital's own configuration.
+        events: Where it tells what it does.
+    """
+
+    def __init__(self, config: SiteConfig, events: EventLog) -> None:
+        self.config = config
+        self.alias = config.alias
+        self.events = events
+        self.device = choose_device(config.compute.device)
+        self._session: Session | None = None
+        self._dataset: tuple[DataConfig, SiteDataset] | None = None
+        self._checks: dict[str, SiteCheck] = {}
+        self._check_cancelled: Callable[[], None] = lambda: None
+        self._last_progress = ("", 0.0)
+
+    def handle(self, parts: Parts, check_cancelled: Callable[[], None]) -> Parts:
+        """Answer one message.
+
+        Args:
+            parts: The message.
+            check_cancelled: Raises CancelledError when nobody waits for the answer any more.
+
+        Raises:
+            WardroundError: Whatever keeps the site from its part; the caller turns it into a failure answer.
+        """
+        started = time.perf_counter()
+        self._check_cancelled = check_cancelled
+        envelope = decode(parts)
+        if envelope.software != common.__version__:
+            raise MismatchError(
+                f"{self.alias}: the coordinator runs wardround {envelope.software}, this site {common.__version__}; "
+                "install the same version.", site=self.alias,
+            )  # fmt: skip
+        decoded = time.perf_counter() - started
+        answers = {HELLO: self._hello, ROUND: self._round, CLOSING: self._closing}
+        if envelope.phase not in answers:
+            raise PayloadError(f"{self.alias}: the message has the unknown phase {envelope.phase}.", site=self.alias)
+        reply = answers[envelope.phase](envelope)
+        reply.seconds["decode"] = decoded
+        encode_started = time.perf_counter()
+        answer = encode(reply)
+        self._tell_done(envelope, time.perf_counter() - encode_started)
+        return answer
+
+    def _hello(self, envelope: Envelope) -> Envelope:
+        config = RunConfig.from_json(envelope.config)
+        method = get_method(config.method)
+        self._ask_policy(method)
+        check = self._check(config.data)
+        check.raise_errors()
+        self._phase(0, "load")
+        self._open(envelope.run, envelope.config)
+        return self._reply(envelope, summary=check.summary().model_dump_json(), cases=self._count("training"))
+
+    def _round(self, envelope: Envelope) -> Envelope:
+        session = self._open(envelope.run, envelope.config)
+        trainer, half = session.trainer, session.half
+        self._accept(envelope, session)
+        trainer.begin(self._context(envelope, session))
+        saved = session.states.before(envelope.round)
+        state = split_state(saved, "method") if saved else half.init(trainer)
+        if saved:
+            trainer.restore_optimizer(split_state(saved, "optimizer"))
+        else:
+            trainer.restore_optimizer(type(state)())
+        clock = Clock()
+        self._phase(envelope.round, "evaluate")
+        hd95 = session.config.rounds.hd95 == "always"
+        metrics = [
+            self._evaluate(trainer, name, weights, "validation", envelope.round - 1, hd95=hd95)
+            for name, weights in half.models(envelope.payloads, state).items()
+            if self._count("validation")
+        ]
+        clock.lap("evaluate")
+        self._phase(envelope.round, "train")
+        result = half.train(trainer, envelope.payloads, state)
+        clock.lap("train")
+        payloads = {payload.name: payload for payload in result.payloads}
+        self._release(payloads, session, result.cases)
+        session.states.write(envelope.round, join_states(method=result.state, optimizer=trainer.optimizer_state()))
+        clock.lap("save")
+        loss = result.stats.loss if result.stats else float("nan")
+        return self._reply(
+            envelope, payloads=payloads, metrics=metrics, cases=result.cases, loss=loss, seconds=clock.seconds
+        )
+
+    def _closing(self, envelope: Envelope) -> Envelope:
+        session = self._open(envelope.run, envelope.config)
+        trainer, half = session.trainer, session.half
+        self._accept(envelope, session)
+        trainer.begin(self._context(envelope, session))
+        saved = session.states.before(envelope.round)
+        state = split_state(saved, "method") if saved else half.init(trainer)
+        clock = Clock()
+        self._phase(envelope.round, "evaluate")
+        models = half.models(envelope.payloads, state)
+        hd95 = session.config.rounds.hd95 != "never"
+        metrics = [
+            self._evaluate(trainer, name, weights, split, envelope.round - 1, hd95=hd95)
+            for split in ("validation", "test")
+            if self._count(split)
+            for name, weights in models.items()
+        ]
+        clock.lap("evaluate")
+        self._keep(session, models, envelope)
+        clock.lap("save")
+        return self._reply(envelope, metrics=metrics, cases=self._count("training"), seconds=clock.seconds)
+
+    def _keep(self, session: Session, models: dict[str, Tensors], envelope: Envelope) -> None:
+        """Save the hospital's own model and example slices; neither leaves."""
+        best = models.get(PERSONAL) or next(iter(models.values()))
+        if PERSONAL in models:
+            folder = self.config.models or self.config.home / "models"
+            name = f"personal-{self.alias}.safetensors"
+            notes = {"run": envelope.run, "method": session.config.method, "site": self.alias, "round": str(envelope.round - 1)}
+            size = write_tensors(folder / name, models[PERSONAL], notes)
+            self.events.emit("model.saved", name=name, bytes=size, round=envelope.round - 1)
+        split = "test" if self._count("test") else "validation"
+        if self._count(split):
+            count = save_slices(self.config.home / "slices", self._data(), session.trainer, best, split=split, count=SLICES)
+            self.events.emit("slices.saved", round=envelope.round - 1, count=count)
+
+    def _open(self, run: str, text: str) -> Session:
+        """Return the session of a run; a restarted worker builds it again from the message alone."""
+        if self._session and self._session.run == run and self._session.text == text:
+            return self._session
+        if not _RUN_ID.fullmatch(run) or run.startswith("."):
+            raise PayloadError(f"{self.alias}: the run's identifier has characters that are not allowed.", site=self.alias)
+        config = RunConfig.from_json(text)
+        method = get_method(config.method)
+        self._ask_policy(method)
+        if self._dataset is None or self._dataset[0] != config.data:
+            self._dataset = (config.data, SiteDataset(self._datalist(), config.data, cache_bytes=self.config.compute.cache_mb << 20))
+        network = build_model(config.model, config.data, seed=config.seed)
+        trainer = Trainer(
+            config, self._data(), network, parameter_groups(network), get_task(config.data, config.train),
+            device=self.device, amp=self._amp(), check_cancelled=lambda: self._check_cancelled(), on_progress=self._progress,
+        )  # fmt: skip
+        half = method.site(method.parse(config.params))
+        states = SiteStates(self.config.home / "state" / run)
+        self._session = Session(run, text, config, method, half, trainer, template(network), states)
+        return self._session
+
+    def _accept(self, envelope: Envelope, session: Session) -> None:
+        """Check what came down before anything is done with it."""
+        if envelope.round < 1:
+            raise PayloadError(f"{self.alias}: round {envelope.round} is no round.", site=self.alias)
+        check_payloads(envelope.payloads, session.method.server.downlink, session.template, who="coordinator")
+
+    def _release(self, payloads: dict[str, Payload], session: Session, cases: int) -> None:
+        """Check what is about to leave: the method's promise and the hospital's policy."""
+        check_payloads(payloads, session.method.server.uplink, session.template, who=self.alias)
+        allowed = self.config.policy.kinds
+        for payload in payloads.values():
+            if "*" not in allowed and payload.kind not in allowed:
+                raise PolicyError(f"{self.alias}: the site's policy lets no payload of kind '{payload.kind}' out.", site=self.alias)
+        if cases < self.config.policy.min_cases:
+            raise PolicyError(
+                f"{self.alias}: {cases} training cases are fewer than the site's policy asks for ({self.config.policy.min_cases}).",
+                site=self.alias,
+            )
+
+    def _ask_policy(self, method: Method) -> None:
+        policy = self.config.policy
+        if "*" not in policy.methods and method.name not in policy.methods:
+            raise PolicyError(
+                f"{self.alias}: the site's policy does not take part in method '{method.name}'. {nearest(method.name, policy.methods)}",
+                site=self.alias,
+            )
+        for spec in method.server.uplink:
+            if "*" not in policy.kinds and spec.kind not in policy.kinds:
+                raise PolicyError(
+                    f"{self.alias}: method '{method.name}' sends payloads of kind '{spec.kind}', which the site's policy keeps in.",
+                    site=self.alias,
+                )
+        if self._count("training") < policy.min_cases:
+            raise PolicyError(
+                f"{self.alias}: {self._count('training')} training cases are fewer than the site's policy asks for "
+                f"({policy.min_cases}).", site=self.alias,
+            )  # fmt: skip
+
+    def _check(self, data: DataConfig) -> SiteCheck:
+        key = data.model_dump_json()
+        if key not in self._checks:
+            self._phase(0, "check")
+            self._checks = {key: check_site(self.config.data, self.alias, data)}
+        return self._checks[key]
+
+    def _datalist(self) -> Datalist:
+        return read_datalist(self.config.data, self.alias)
+
+    def _data(self) -> SiteDataset:
+        if self._dataset is None:
+            raise DataError(f"{self.alias}: no data is open yet.", site=self.alias)
+        return self._dataset[1]
+
+    def _count(self, split: str) -> int:
+        if self._dataset is not None:
+            return self._dataset[1].counts.get(split, 0)
+        return len(self._datalist().cases.get(split, ())) or self._datalist().table_rows(split)
+
+    def _amp(self) -> bool:
+        choice = self.config.compute.amp
+        return choice == "on" or (choice == "auto" and self.device.type == "cuda")
+
+    def _evaluate(self, trainer: Trainer, name: str, weights: Tensors, split: str, round_: int, *, hd95: bool) -> MetricSet:
+        sums, cases = trainer.evaluate(weights, split, hd95=hd95)
+        return MetricSet(round_, split, name, cases, sums, trainer.task.primary)
+
+    def _context(self, envelope: Envelope, session: Session) -> RoundContext:
+        return RoundContext(envelope.run, envelope.round, session.config.rounds.rounds, session.config.seed, self.alias)
+
+    def _reply(self, envelope: Envelope, **fields: object) -> Envelope:
+        return Envelope(
+            envelope.run, envelope.round, envelope.phase, self.alias, rounds=envelope.rounds, device=self.device.type, **fields  # type: ignore[arg-type]
+        )
+
+    def _phase(self, round_: int, phase: str) -> None:
+        self.events.emit("phase", round=round_, phase=phase)
+        self._last_progress = (phase, time.monotonic())
+
+    def _progress(self, phase: str, step: int, steps: int) -> None:
+        last_phase, when = self._last_progress
+        now = time.monotonic()
+        if phase != last_phase or now - when >= PROGRESS_SECONDS:
+            self.events.emit("phase", phase=phase, step=step, steps=steps)
+            self._last_progress = (phase, now)
+
+    def _tell_done(self, envelope: Envelope, encode_seconds: float) -> None:
+        self._phase(envelope.round, "idle")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        gpu = torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else None
+        self.events.emit("memory", name="worker", rss=resident_mb(), peak=peak, gpu=gpu, round=envelope.round)
+
+
+class Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Book the time since the last lap on a phase."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the torch device a site's configuration means.
+
+    Raises:
+        DataError: CUDA was asked for and is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise DataError(f"The site's configuration asks for device '{name}', which this machine does not have. Use 'auto' or 'cpu'.")
+    return device
+
+
+def resident_mb() -> float:
+    """Return this process's resident memory in MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20

@@ -1,0 +1,82 @@
+"""What a hospital decides about its own site: `site.toml`, read by the worker and by nobody else.
+
+    alias = "hospital-1"            # the only name the coordinator ever sees
+    data = "/data"                  # folder with dataset.json
+    socket = "/run/wardround/worker.sock"
+    home = "/var/lib/wardround"     # site state, personal models, example slices, events, log
+
+    [compute]
+    device = "auto"                 # auto, cpu, cuda, cuda:1
+    amp = "auto"                    # auto (on CUDA), on, off
+    threads = 0                     # CPU threads for torch; 0 leaves torch's choice
+    cache_mb = 2048                 # decoded volumes kept in memory at most
+
+    [policy]
+    methods = ["*"]                 # methods this hospital takes part in
+    kinds = ["*"]                   # payload kinds that may leave (common/payload.py, Kind)
+    min_cases = 1                   # training cases below which nothing leaves
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+import tomli_w
+from pydantic import Field
+
+from common.config import Strict, checked
+from common.errors import ConfigError
+
+
+class Compute(Strict):
+    """Where and how the worker computes."""
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    amp: Literal["auto", "on", "off"] = "auto"
+    threads: int = Field(0, ge=0)
+    cache_mb: int = Field(2048, ge=0)
+
+
+class Policy(Strict):
+    """What may happen at this site and what may leave it."""
+
+    methods: tuple[str, ...] = ("*",)
+    kinds: tuple[str, ...] = ("*",)
+    min_cases: int = Field(1, ge=1)
+
+
+class SiteConfig(Strict):
+    """A hospital's own configuration."""
+
+    alias: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="letters, digits, dots, dashes, underscores")
+    data: Path
+    socket: Path
+    home: Path
+    models: Path | None = Field(None, description="where personal models are written; home/models if unset")
+    events: Path | None = Field(None, description="events file; home/events-ALIAS.jsonl if unset")
+    compute: Compute = Compute()
+    policy: Policy = Policy()
+
+
+def read_site_config(path: Path) -> SiteConfig:
+    """Read a site.toml.
+
+    Raises:
+        ConfigError: Missing file, TOML errors, unknown keys (with the nearest known one), values out of range.
+    """
+    try:
+        with path.open("rb") as file:
+            mapping = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"The site's configuration cannot be read ({error.strerror}).", detail=str(path)) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"The site's configuration is not valid TOML: {error}.", detail=str(path)) from error
+    return checked(SiteConfig, mapping)
+
+
+def write_site_config(config: SiteConfig, path: Path) -> None:
+    """Write a site.toml."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")

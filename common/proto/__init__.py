@@ -1,0 +1,1 @@
+"""The protobuf schema of what travels. `make proto` regenerates the Python from wardround.proto."""

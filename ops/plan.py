@@ -1,0 +1,201 @@
+"""From what the operator typed to a plan that can be run: data, sites, configuration, run folder.
+
+Settings come from four places, later ones win: defaults, the data root's federation.json, the command's own options,
+`--set key=value`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import common
+from common.config import RunConfig
+from common.errors import ConfigError, DataError, nearest
+from common.federation import FEDERATION_FILE, Federation, find_sites, read_federation
+from common.method import Method
+from common.methods import get_method
+from common.store import write_bytes
+
+DEFAULT = "default"
+DEFAULT_SITES = 3
+DEFAULT_SUBJECTS = 10
+
+
+@dataclass
+class Options:
+    """What the operator typed; None where nothing was typed."""
+
+    method: str = "fedavg"
+    data: str = DEFAULT
+    task: str | None = None
+    sites: str | None = None
+    rounds: int | None = None
+    local_epochs: int | None = None
+    seed: int = 0
+    out: Path | None = None
+    settings: Sequence[str] = ()
+
+
+@dataclass
+class Plan:
+    """A run that can be started.
+
+    Attributes:
+        config: The run's configuration, sites included.
+        method: The method.
+        federation: What the data root says of itself.
+        sites: Data folder by alias, in the fixed order of the sites.
+        out: The run folder.
+        runtime: "fast", "stock" or "simulation".
+        command: The command line that repeats it.
+        notes: What else goes into config.json.
+    """
+
+    config: RunConfig
+    method: Method
+    federation: Federation
+    sites: dict[str, Path]
+    out: Path
+    runtime: str = "fast"
+    command: str = ""
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def write(self) -> None:
+        """Write config.json into the run folder."""
+        document = {
+            "config": self.config.model_dump(mode="json"),
+            "title": self.federation.title or self.federation.name,
+            "note": self.federation.note,
+            "data_name": self.federation.name,
+            "runtime": self.runtime,
+            "command": self.command,
+            "software": versions(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **self.notes,
+        }
+        write_bytes(self.out / "config.json", json.dumps(document, indent=2).encode())
+
+
+def make_plan(options: Options, root: Path, out: Path, *, runtime: str) -> Plan:
+    """Turn options into a plan over a data root.
+
+    Args:
+        options: What was typed.
+        root: Data root (for the default data: where it was written).
+        out: Run folder.
+        runtime: What it will run on.
+
+    Raises:
+        ConfigError: Unknown method, key or site, a value out of its range, a task that is not the data's.
+        DataError: The data root cannot be used.
+    """
+    method = get_method(options.method)
+    federation = read_federation(root)
+    sites = choose_sites(find_sites(root), options.sites)
+    document = RunConfig.from_mapping({**federation.settings, "method": method.name}).model_dump(mode="json")
+    if federation.settings.get("method") != method.name:
+        document["params"] = {}
+    document["seed"] = options.seed
+    document["sites"] = list(sites)
+    if options.rounds is not None:
+        document["rounds"]["rounds"] = options.rounds
+    if options.local_epochs is not None:
+        document["train"]["local_epochs"] = options.local_epochs
+    config = RunConfig.from_mapping(document).with_settings(parse_settings(options.settings), method.params)
+    params = method.parse(config.params)
+    config = config.model_copy(update={"params": params.model_dump(mode="json")})
+    if options.task is not None and options.task != config.data.task:
+        raise ConfigError(f"The data is for task '{config.data.task}', '--task {options.task}' was asked. Leave --task out, or give other data.")
+    return Plan(config, method, federation, sites, out, runtime)
+
+
+def choose_sites(found: dict[str, Path], wanted: str | None) -> dict[str, Path]:
+    """Return the sites that take part: all, the first N, or those named.
+
+    Raises:
+        ConfigError: An unknown alias, or more sites than there are.
+    """
+    if wanted is None:
+        return found
+    if wanted.isdigit():
+        count = int(wanted)
+        if not 1 <= count <= len(found):
+            raise ConfigError(f"--sites {count}: the data has {len(found)} sites. Give 1 to {len(found)}.")
+        return dict(list(found.items())[:count])
+    chosen = {}
+    for alias in (part.strip() for part in wanted.split(",")):
+        if alias not in found:
+            raise ConfigError(f"--sites: the data has no site '{alias}'. {nearest(alias, found)}")
+        chosen[alias] = found[alias]
+    return chosen
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+    """Split `key=value` texts.
+
+    Raises:
+        ConfigError: A text without an equals sign.
+    """
+    pairs = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set '{text}' is not key=value. Example: --set lr=0.001")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def default_root(options: Options) -> Path:
+    """Return where the default data of these options lies or will lie: written once, used again."""
+    count = int(options.sites) if options.sites and options.sites.isdigit() else DEFAULT_SITES
+    return Path("data") / f"mni152-{count}x{DEFAULT_SUBJECTS}-seed{options.seed}"
+
+
+def data_root(options: Options) -> Path:
+    """Return the data root that the options mean.
+
+    Raises:
+        DataError: Given and not there.
+    """
+    if options.data == DEFAULT:
+        return default_root(options)
+    root = Path(options.data)
+    if not root.is_dir():
+        raise DataError(
+            "--data names no folder. Give a data root (one folder per site), or leave it out for the default data; "
+            "`wardround data import --help` makes one from public data.", detail=str(root),
+        )  # fmt: skip
+    return root
+
+
+def has_default(root: Path) -> bool:
+    """Return True if the default data was written already."""
+    return (root / FEDERATION_FILE).is_file()
+
+
+def new_run_folder(options: Options) -> Path:
+    """Return the run folder and make it.
+
+    Raises:
+        ConfigError: It holds another run already.
+    """
+    out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.method}"
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError("The run folder is not empty; a run never overwrites another. Choose another --out.", detail=str(out))
+    out.mkdir(parents=True, exist_ok=True)
+    return out.resolve()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that matter to a result."""
+    found = {"wardround": common.__version__, "python": platform.python_version()}
+    for name in ("flwr", "torch", "monai", "numpy", "grpcio"):
+        found[name] = importlib.metadata.version(name)
+    return found

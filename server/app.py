@@ -1,0 +1,85 @@
+"""The Flower ServerApp: read the configuration, run the method, tell how it ended.
+
+The run folder comes from the environment of the coordinator's own process (`WARDROUND_RUN_DIR`), never from the run's
+configuration, which travels to the sites. `flwr run . --run-config 'wardround="..."'` works as well as `wardround trial`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+import common
+from common import flower_fast
+from common.config import RunConfig
+from common.errors import WardroundError, safe_sentence
+from common.events import EventLog
+from server.link import FlowerLink
+from server.strategy import MethodStrategy
+
+log = logging.getLogger("wardround.server")
+app = ServerApp()
+
+
+def run_folder(run: str) -> Path:
+    """Return this run's folder: the coordinator's environment decides, else `runs/RUN` under the working folder."""
+    return Path(os.environ.get("WARDROUND_RUN_DIR") or Path("runs") / run)
+
+
+def read_config(context: Context, folder: Path) -> RunConfig:
+    """Return the run's configuration: Flower's run config, else the run folder's config.json, else the defaults.
+
+    Raises:
+        ConfigError: An unknown key or a bad value, named.
+    """
+    text = str(context.run_config.get("wardround", ""))
+    saved = folder / "config.json"
+    if not text.strip() and saved.is_file():
+        text = json.dumps(json.loads(saved.read_text(encoding="utf-8")).get("config", {}))
+    return RunConfig.from_json(text)
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation and end with a verdict; a run that failed ends as failed for Flower, too."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    if os.environ.get("WARDROUND_RUNTIME", "fast") == "fast":
+        for warning in flower_fast.apply(role="server"):
+            log.warning("%s", warning)
+    run = os.environ.get("WARDROUND_RUN_ID") or f"run-{context.run_id}"
+    folder = run_folder(run)
+    events = EventLog(folder / "events.jsonl", "server", run=run)
+    started = time.monotonic()
+    strategy: MethodStrategy | None = None
+    try:
+        config = read_config(context, folder)
+        strategy = MethodStrategy(config=config, run=run, folder=folder, events=events)
+        size = sum(tensor.numel() * tensor.itemsize for tensor in strategy.initial.values())
+        events.emit(
+            "run.start", method=config.method, task=config.data.task, rounds=config.rounds.rounds, seed=config.seed,
+            parameters=strategy.parameters, bytes=size, software=common.__version__,
+        )  # fmt: skip
+        strategy.summary()
+        strategy.prepare(FlowerLink(grid)).execute()
+    except BaseException as error:
+        code, message = safe_sentence(error)
+        events.emit("run.end", verdict="failed", seconds=time.monotonic() - started, rounds=_done(strategy), code=code, message=message)
+        if isinstance(error, WardroundError):
+            log.error("%s %s", error, error.detail)
+        raise
+    finally:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        events.emit("memory", name="serverapp", rss=peak, peak=peak)
+    events.emit("run.end", verdict="ok", seconds=time.monotonic() - started, rounds=_done(strategy))
+
+
+def _done(strategy: MethodStrategy | None) -> int:
+    return strategy.loop.done if strategy and strategy.loop else 0

@@ -1,0 +1,284 @@
+"""The round loop: one message cycle a round, replies folded as they come, every site accounted for.
+
+A site first evaluates the model it received (the previous round's result), then trains, and answers once; a closing
+cycle evaluates the end. A round waits for its sites until the deadline. A site that fails or stays silent is named,
+with a code, and the round goes on if the quorum holds; the state changes only when the round is whole.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.config import RunConfig
+from common.errors import PayloadError, QuorumError, WardroundError, safe_sentence
+from common.events import EventLog
+from common.frames import Parts
+from common.method import Accumulator, Groups, Method, Reply, RoundContext
+from common.payload import State, Tensors, check_payloads
+from common.tasks import divide
+from common.wire import CLOSING, ROUND, Envelope, MetricSet, bytes_by_kind, decode, encode
+from server.checkpoint import Checkpoints
+from server.fold import OrderedFold
+from server.link import Answer, Link
+from server.roster import Roster, needed_sites
+
+
+@dataclass
+class RoundLog:
+    """What one cycle brought.
+
+    Attributes:
+        cases: Training cases by contributing site.
+        missing: (code, sentence) by site that did not contribute.
+        metrics: Figures by site.
+        losses: Mean training loss by site.
+        local: Seconds in the worker by site.
+        seconds: Wall seconds of the cycle.
+    """
+
+    cases: dict[str, int] = field(default_factory=dict)
+    missing: dict[str, tuple[str, str]] = field(default_factory=dict)
+    metrics: dict[str, list[MetricSet]] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    local: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class RoundLoop:
+    """Drives one method over the sites of a roster.
+
+    Args:
+        link: How sites are reached.
+        roster: The sites, in their fixed order.
+        run: Run identifier.
+        config: The run's configuration.
+        method: The method.
+        model: Initial network's state dict (the template of what may arrive).
+        groups: Its parameter groups.
+        events: Where everything is told.
+        checkpoints: Where states and models are written; None keeps nothing.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        roster: Roster,
+        run: str,
+        config: RunConfig,
+        method: Method,
+        model: Tensors,
+        groups: Groups,
+        events: EventLog,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
+        self.link = link
+        self.roster = roster
+        self.run = run
+        self.config = config
+        self.method = method
+        self.server = method.server(method.parse(config.params))
+        self.template = model
+        self.events = events
+        self.checkpoints = checkpoints
+        self.state = self.server.init(model, groups, self._context(0))
+        self.done = 0
+        self.history: list[RoundLog] = []
+
+    def execute(self) -> State:
+        """Run all rounds and the closing evaluation, and return the final state.
+
+        Raises:
+            QuorumError: Too few sites contributed to a round; the state is the last whole round's.
+        """
+        for number in range(self.done + 1, self.config.rounds.rounds + 1):
+            self.state = self.round(number)
+            self.done = number
+            self._save(number)
+        self.closing()
+        self._save_model()
+        return self.state
+
+    def round(self, number: int) -> State:
+        """Run one round and return the next state; the loop's own state is untouched.
+
+        Raises:
+            QuorumError: Too few sites contributed.
+        """
+        context = self._context(number)
+        acc = self.server.begin(self.state, context)
+        log, acc = self._cycle(number, ROUND, self._sample(number), acc)
+        needed = needed_sites(self.config, len(log.cases) + len(log.missing))
+        if len(log.cases) < max(needed, 1):
+            self._tell_end(number, log, closing=False)
+            raise QuorumError(
+                f"Round {number}: {len(log.cases)} sites contributed, {max(needed, 1)} are needed. "
+                + " ".join(sentence for _, sentence in log.missing.values())
+            )
+        state = self.server.finish(self.state, acc, context)
+        self._tell_end(number, log, closing=False)
+        return state
+
+    def closing(self) -> None:
+        """Let every site evaluate the end.
+
+        Raises:
+            QuorumError: Too few sites evaluated the end.
+        """
+        number = self.config.rounds.rounds + 1
+        log, _ = self._cycle(number, CLOSING, list(self.roster.nodes), None)
+        self._tell_end(number, log, closing=True)
+        if len(log.cases) < max(needed_sites(self.config, len(self.roster.nodes)), 1):
+            raise QuorumError("The closing evaluation: " + " ".join(sentence for _, sentence in log.missing.values()))
+
+    def _cycle(self, number: int, phase: int, sites: list[str], acc: Accumulator | None) -> tuple[RoundLog, Accumulator]:
+        started = time.monotonic()
+        log = RoundLog()
+        self.history.append(log)
+        self.events.emit("round.start", round=number, sites=sites, closing=phase == CLOSING)
+        folded: list[Accumulator] = [acc] if acc is not None else []
+
+        def fold(site: str, parts: Parts) -> None:
+            if folded:
+                envelope = decode(parts)
+                folded[0] = self.server.fold(folded[0], Reply(site, envelope.cases, envelope.payloads))
+
+        order = OrderedFold(sites, fold, self._spool_folder())
+        deadline = started + self.config.rounds.deadline
+        waiting = self._ask_all(number, phase, sites, deadline, log, order)
+        asked = time.monotonic()
+        try:
+            while waiting and time.monotonic() < deadline:
+                answers = self.link.poll(waiting)
+                for answer in answers:
+                    site = waiting.pop(answer.ticket)
+                    self._take(number, phase, site, answer, time.monotonic() - asked, log, order)
+                if waiting and not answers:
+                    time.sleep(self.config.rounds.poll)
+            for site in waiting.values():
+                sentence = f"{site}: did not answer within the round's deadline of {self.config.rounds.deadline:.0f} s."
+                self._miss(number, site, "deadline", sentence, log, order)
+        finally:
+            order.close()
+        log.seconds = time.monotonic() - started
+        return log, folded[0] if folded else Accumulator()
+
+    def _ask_all(
+        self, number: int, phase: int, sites: list[str], deadline: float, log: RoundLog, order: OrderedFold
+    ) -> dict[str, str]:
+        waiting: dict[str, str] = {}
+        text = self.config.to_json()
+        for site in sites:
+            context = self._context(number, site)
+            payloads = {payload.name: payload for payload in self.server.send(self.state, site, context)}
+            parts = encode(
+                Envelope(self.run, number, phase, site, rounds=self.config.rounds.rounds, payloads=payloads, config=text)
+            )
+            ticket = self.link.ask(
+                self.roster.nodes[site], parts, phase=phase, round=number, ttl=max(deadline - time.monotonic(), 1.0)
+            )
+            if not ticket:
+                self._miss(number, site, "transport", f"{site}: the message could not be handed to Flower.", log, order)
+                continue
+            waiting[ticket] = site
+            self.events.emit("site.asked", site=site, round=number)
+            self._count_bytes(number, site, "down", parts)
+        return waiting
+
+    def _take(
+        self, number: int, phase: int, site: str, answer: Answer, seconds: float, log: RoundLog, order: OrderedFold
+    ) -> None:
+        try:
+            if answer.parts is None:
+                raise WardroundError(f"{site}: {answer.error}.", site=site)
+            envelope = decode(answer.parts)
+            if envelope.failure:
+                code, sentence = envelope.failure
+                self._miss(number, site, code[:40], sentence[:500], log, order)
+                return
+            self._check(envelope, number, phase, site)
+        except WardroundError as error:
+            code, sentence = safe_sentence(error)
+            self._miss(number, site, "transport" if answer.parts is None else code, sentence, log, order)
+            return
+        self._count_bytes(number, site, "up", answer.parts)
+        log.cases[site] = envelope.cases
+        log.metrics[site] = envelope.metrics
+        log.losses[site] = envelope.loss
+        log.local[site] = sum(envelope.seconds.values())
+        self.events.emit(
+            "site.reply", site=site, round=number, seconds=seconds, local=log.local[site], phases=envelope.seconds,
+            relay=answer.relay, cases=envelope.cases, loss=envelope.loss,
+        )  # fmt: skip
+        for item in envelope.metrics:
+            self.events.emit(
+                "metric", site=site, round=item.round, split=item.split, model=item.model, cases=item.cases,
+                values=divide(item.sums), primary=item.primary,
+            )  # fmt: skip
+        order.put(site, answer.parts)
+
+    def _check(self, envelope: Envelope, number: int, phase: int, site: str) -> None:
+        if (envelope.site, envelope.run, envelope.round, envelope.phase) != (site, self.run, number, phase):
+            raise PayloadError(
+                f"{site}: answered as '{envelope.site[:64]}' for round {envelope.round}, asked was round {number}; the answer is refused.",
+                site=site,
+            )
+        if phase == ROUND:
+            if envelope.cases < 1:
+                raise PayloadError(f"{site}: contributed no training case.", site=site)
+            check_payloads(envelope.payloads, self.method.server.uplink, self.template, who=site)
+
+    def _miss(self, number: int, site: str, code: str, sentence: str, log: RoundLog, order: OrderedFold) -> None:
+        log.missing[site] = (code, sentence)
+        self.events.emit("site.failed", site=site, round=number, code=code, message=sentence)
+        order.skip(site)
+
+    def _count_bytes(self, number: int, site: str, direction: str, parts: Parts) -> None:
+        kinds = bytes_by_kind(parts)
+        self.events.emit("bytes", site=site, round=number, direction=direction, kinds=kinds, total=sum(kinds.values()))
+
+    def _tell_end(self, number: int, log: RoundLog, *, closing: bool) -> None:
+        slowest = max(log.local.values(), default=0.0)
+        total = sum(log.cases.values())
+        loss = None
+        if total and not closing:
+            loss = sum(log.losses[site] * count for site, count in log.cases.items()) / total
+        self.events.emit(
+            "round.end", round=number, seconds=log.seconds, slowest=slowest, overhead=log.seconds - slowest,
+            sites=list(log.cases), missing=list(log.missing), cases=log.cases, closing=closing, loss=loss,
+        )  # fmt: skip
+
+    def _sample(self, number: int) -> list[str]:
+        """Return the sites asked in a round: all, or a share drawn from (seed, round) alone."""
+        sites = list(self.roster.nodes)
+        if self.config.rounds.sample >= 1:
+            return sites
+        count = max(1, round(self.config.rounds.sample * len(sites)))
+        chosen = set(random.Random(f"{self.config.seed}/sample/{number}").sample(sites, count))
+        return [site for site in sites if site in chosen]
+
+    def _save(self, number: int) -> None:
+        if self.checkpoints is None:
+            return
+        started = time.monotonic()
+        size = self.checkpoints.write(number, self.state)
+        self.events.emit("checkpoint", round=number, seconds=time.monotonic() - started, bytes=size)
+
+    def _save_model(self) -> None:
+        model = self.server.model(self.state)
+        if self.checkpoints is None or model is None:
+            return
+        notes = {"run": self.run, "method": self.method.name, "round": str(self.done)}
+        size = self.checkpoints.save_model("global.safetensors", model, notes)
+        self.events.emit("model.saved", name="global.safetensors", bytes=size, round=self.done)
+
+    def _spool_folder(self) -> Path | None:
+        if self.checkpoints is None:
+            return None
+        self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+        return self.checkpoints.folder
+
+    def _context(self, number: int, site: str = "") -> RoundContext:
+        return RoundContext(self.run, number, self.config.rounds.rounds, self.config.seed, site)

@@ -1,0 +1,177 @@
+"""The first exchange: which sites are there, and do they fit the run?
+
+Every connected node is asked once. Its answer says its alias and what its data looks like; a site that does not fit is
+refused with its name and the field. The run begins when every expected site has answered.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import common
+from common.config import RunConfig
+from common.errors import CancelledError, MismatchError, PayloadError, QuorumError, WardroundError, safe_sentence
+from common.events import EventLog
+from common.site_summary import SiteSummary, mismatches
+from common.wire import HELLO, Envelope, decode, encode
+from server.link import Answer, Link
+
+SETTLE_SECONDS = 3.0  # without an expected list: how long after the last new site the roster closes
+RETRY_SECONDS = 5.0  # a site whose worker is not up yet is asked again after this long
+RETRY_CODES = {"worker", "transport"}
+
+
+@dataclass
+class Roster:
+    """The sites of a run.
+
+    Attributes:
+        nodes: Flower's node id by alias, in the fixed order of the sites.
+        summaries: What each site said of its data.
+        cases: Training cases by alias.
+        refused: (code, sentence) by alias of those that do not fit.
+    """
+
+    nodes: dict[str, int] = field(default_factory=dict)
+    summaries: dict[str, SiteSummary] = field(default_factory=dict)
+    cases: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+
+class RosterCall:
+    """Asks every node once and collects the roster.
+
+    Args:
+        link: How sites are reached.
+        run: Run identifier.
+        config: The run's configuration.
+        events: Where it is told.
+    """
+
+    def __init__(self, link: Link, run: str, config: RunConfig, events: EventLog) -> None:
+        self.link = link
+        self.run = run
+        self.config = config
+        self.events = events
+        self.roster = Roster()
+        self._asked: dict[int, float] = {}
+        self._tickets: dict[str, int] = {}
+        self._last_new = time.monotonic()
+        self._trouble: dict[str, str] = {}
+        self._parts = encode(Envelope(run, 0, HELLO, "", rounds=config.rounds.rounds, config=config.to_json()))
+
+    def collect(self) -> Roster:
+        """Return the roster once it is complete.
+
+        Raises:
+            QuorumError: Expected sites did not answer in time, naming them.
+            MismatchError: A site does not fit and the run cannot do without it.
+        """
+        limit = time.monotonic() + self.config.rounds.ready_timeout
+        expected = set(self.config.sites)
+        while time.monotonic() < limit:
+            self._ask_new(limit)
+            for answer in self.link.poll(self._tickets):
+                self._take(answer)
+            known = self.roster.nodes.keys() | self.roster.refused.keys()
+            if expected and expected <= known:
+                break
+            settled = time.monotonic() - self._last_new > SETTLE_SECONDS and not self._tickets
+            if not expected and self.roster.nodes and settled:
+                break
+            time.sleep(self.config.rounds.poll)
+        return self._close(expected)
+
+    def _close(self, expected: Sequence[str] | set[str]) -> Roster:
+        silent = sorted(set(expected) - self.roster.nodes.keys() - self.roster.refused.keys())
+        needed = needed_sites(self.config, len(expected) or len(self.roster.nodes) + len(self.roster.refused))
+        for alias in silent:
+            waited = f"{alias}: gave no first answer within {self.config.rounds.ready_timeout:.0f} s"
+            message = self._trouble.get(alias, f"{waited}; is its SuperNode running and registered?")
+            self.events.emit("site.refused", site=alias, code="silent", message=message)
+        if len(self.roster.nodes) < max(needed, 1):
+            if self.roster.refused:
+                raise MismatchError(" ".join(sentence for _, sentence in self.roster.refused.values()))
+            raise QuorumError(
+                f"{len(self.roster.nodes)} of {len(expected) or 'any number of'} sites answered, {max(needed, 1)} are needed; "
+                f"silent: {', '.join(silent) or 'all'}. Check that each site's SuperNode and worker run, then start again."
+            )
+        order = [alias for alias in self.config.sites if alias in self.roster.nodes] or sorted(self.roster.nodes)
+        self.roster.nodes = {alias: self.roster.nodes[alias] for alias in order}
+        return self.roster
+
+    def _ask_new(self, limit: float) -> None:
+        now = time.monotonic()
+        for node in self.link.nodes():
+            if now < self._asked.get(node, 0.0):
+                continue
+            ticket = self.link.ask(node, self._parts, phase=HELLO, round=0, ttl=max(limit - now, 1.0))
+            self._asked[node] = float("inf")
+            self._last_new = now
+            if ticket:
+                self._tickets[ticket] = node
+
+    def _take(self, answer: Answer) -> None:
+        node = self._tickets.pop(answer.ticket)
+        alias = f"node-{node % 10_000:04d}"
+        try:
+            if answer.parts is None:
+                raise PayloadError(f"{alias}: {answer.error}.")
+            envelope = decode(answer.parts)
+            alias = self._alias(envelope, alias)
+            if envelope.failure:
+                self._refuse(alias, node, *envelope.failure)
+                return
+            if alias in self.roster.nodes and self.roster.nodes[alias] != node:
+                raise MismatchError(f"{alias}: two nodes say they are this site; give each SuperNode its own alias.", site=alias)
+            summary = self._fit(alias, envelope)
+        except WardroundError as error:
+            self._refuse(alias, node, *safe_sentence(error))
+            return
+        self.roster.nodes[alias] = node
+        self.roster.summaries[alias] = summary
+        self.roster.cases[alias] = envelope.cases
+        self.events.emit(
+            "site.ready", site=alias, cases=dict(summary.cases), device=envelope.device, software=envelope.software,
+            check=summary.model_dump(mode="json"),
+        )  # fmt: skip
+
+    def _alias(self, envelope: Envelope, fallback: str) -> str:
+        alias = envelope.site
+        if self.config.sites and alias in self.config.sites:
+            return alias
+        if self.config.sites:
+            raise MismatchError(f"{fallback}: says it is '{alias[:64]}', which is not a site of this run ({', '.join(self.config.sites)}).")
+        return alias or fallback
+
+    def _fit(self, alias: str, envelope: Envelope) -> SiteSummary:
+        if envelope.software != common.__version__:
+            raise MismatchError(
+                f"{alias}: runs wardround {envelope.software}, the coordinator {common.__version__}; install the same version.", site=alias
+            )
+        try:
+            summary = SiteSummary.model_validate_json(envelope.summary)
+        except ValueError as error:
+            raise PayloadError(f"{alias}: its data summary cannot be read.", site=alias) from error
+        wrong = mismatches(summary, self.config.data)
+        if wrong:
+            said = "; ".join(f"{item.field}: expected {item.expected}, got {item.got}" for item in wrong)
+            raise MismatchError(f"{alias}: its data does not fit the run: {said}.", site=alias)
+        return summary
+
+    def _refuse(self, alias: str, node: int, code: str, message: str) -> None:
+        if code in RETRY_CODES or code == CancelledError.code:  # a worker that is still starting gets another chance
+            self._asked[node] = time.monotonic() + RETRY_SECONDS
+            self._trouble[alias] = message
+            self.events.emit("warning", site=alias, code=code, message=message)
+            return
+        self.roster.refused[alias] = (code, message)
+        self.events.emit("site.refused", site=alias, code=code, message=message)
+
+
+def needed_sites(config: RunConfig, asked: int) -> int:
+    """Return how many of the asked sites a round needs."""
+    return math.ceil(config.rounds.quorum * asked - 1e-6)  # 2/3 of 3 is 2, whatever the float says
