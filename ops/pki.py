@@ -1,10 +1,10 @@
 """Keys and certificates: made for a trial, checked for anybody.
 
 A federation needs four kinds of credentials: a certificate authority that every site trusts, a server
-certificate for the coordinator, one elliptic-curve key pair per site (the coordinator registers its public half),
-and one shared secret per pair of SuperLink or SuperNode and the launcher of its apps. `make_trial_pki` makes all of
-them, short-lived; `check_credentials` tells in one sentence what is wrong with any, before a TLS handshake fails
-with a riddle.
+certificate for the coordinator, one elliptic-curve key pair per site (the coordinator registers its public
+half), and one shared secret per pair of SuperLink or SuperNode and the launcher of its apps.
+`make_trial_pki` makes all of them, short-lived; `check_credentials` tells in one sentence what is wrong
+with any, before a TLS handshake fails with a riddle.
 """
 
 from __future__ import annotations
@@ -324,7 +324,7 @@ def _check_chain(
     known = _names(leaf)
     if not known:
         raise CredentialError(
-            "The server's certificate names no host (no subject alternative name): issue one for the host's name."
+            "The server's certificate names no host (no subject alternative name): issue one with the name."
         )
     for name in names or known[:1]:
         if _normal(name) not in known and not any(_covers(pattern, name) for pattern in known):

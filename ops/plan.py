@@ -22,25 +22,10 @@ from common.federation import FEDERATION_FILE, Federation, find_sites, read_fede
 from common.method import Method
 from common.methods import get_method
 from common.store import write_bytes
+from ops.options import DEFAULT, Options
 
-DEFAULT = "default"
 DEFAULT_SITES = 3
 DEFAULT_SUBJECTS = 10
-
-
-@dataclass
-class Options:
-    """What the operator typed; None where nothing was typed."""
-
-    method: str = "fedavg"
-    data: str = DEFAULT
-    task: str | None = None
-    sites: str | None = None
-    rounds: int | None = None
-    local_epochs: int | None = None
-    seed: int = 0
-    out: Path | None = None
-    settings: Sequence[str] = ()
 
 
 @dataclass

@@ -1,10 +1,10 @@
 """Loopback ports for the processes of a trial: reserved while the trial lives, checked before they are used.
 
-A port is reserved by a socket that is bound with SO_REUSEADDR and never listens. While it is held the kernel
-gives the port to nobody who asks for "any free port" (another trial, an outgoing connection), but a server that
-binds the port by its number with SO_REUSEADDR set, as gRPC does, may still have it. So the reservation stays in
-place for the whole trial, and the kernel ends it with the process that made it, however that process dies: no lock
-file can go stale.
+A port is reserved by a socket that is bound with SO_REUSEADDR and never listens. While it is held the
+kernel gives the port to nobody who asks for "any free port" (another trial, an outgoing connection), but a
+server that binds the port by its number with SO_REUSEADDR set, as gRPC does, may still have it. So the
+reservation stays in place for the whole trial, and the kernel ends it with the process that made it,
+however that process dies: no lock file can go stale.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import ImageReader, ITKReader, MetaTensor, NibabelReader, NrrdReader, PILReader
-from monai.transforms import LoadImage
+from monai.transforms import EnsureChannelFirst
+from monai.utils import convert_to_tensor
 from nibabel.orientations import aff2axcodes
 from numpy.typing import NDArray
 from torch import Tensor
@@ -144,8 +145,8 @@ def _read_one(path: Path, site: str, alias: str, dims: int, channels: int, what:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the readers' warnings name files; what matters is checked here
-            tensor = _loader()(path, reader=_reader(kind, path, what))
-        return _volume(tensor, kind, dims, channels, what)
+            array, meta = _decode(_reader(kind, path, what), path)
+        return _volume(array, meta, kind, dims, channels, what)
     except Unreadable as error:
         raise _error(site, alias, what, str(error), path) from error
     except Exception as error:  # decoders raise anything at all on a broken file
@@ -155,11 +156,6 @@ def _read_one(path: Path, site: str, alias: str, dims: int, channels: int, what:
 
 def _error(site: str, alias: str, what: str, clause: str, detail: Path | str) -> DataError:
     return DataError(f"{site}, {alias}: the {what} {clause}.", detail=str(detail), site=site)
-
-
-@functools.lru_cache(maxsize=1)
-def _loader() -> LoadImage:
-    return LoadImage(image_only=True, dtype=None, ensure_channel_first=True)
 
 
 def _reader(kind: Format, path: Path, what: str) -> ImageReader:
@@ -175,10 +171,19 @@ def _reader(kind: Format, path: Path, what: str) -> ImageReader:
     return ITKReader()
 
 
-def _volume(tensor: Tensor, kind: Format, dims: int, channels: int, what: str) -> Volume:
-    data = tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor
+def _decode(reader: ImageReader, path: Path) -> tuple[NDArray[Any], dict[str, Any]]:
+    # The reader is called itself: MONAI's LoadImage builds every other reader too and logs paths.
+    array, meta = reader.get_data(reader.read(str(path)))
+    if not np.issubdtype(array.dtype, np.number) and array.dtype != np.bool_:
+        raise Unreadable("holds structured values (such as RGB triples); expected one number a voxel and channel")
+    return array.astype(array.dtype.newbyteorder("=")), meta  # a copy: it must outlive the reader's own buffer
+
+
+def _volume(array: NDArray[Any], meta: dict[str, Any], kind: Format, dims: int, channels: int, what: str) -> Volume:
+    data = EnsureChannelFirst()(convert_to_tensor(array), meta_dict=meta)
+    data = data.as_tensor() if isinstance(data, MetaTensor) else data
     affine = np.eye(4)
-    given = np.asarray(getattr(tensor, "affine", np.eye(4)), dtype=np.float64)
+    given = np.asarray(meta.get("affine", np.eye(4)), dtype=np.float64)
     rank = given.shape[0] - 1
     affine[:rank, :rank], affine[:rank, 3] = given[:rank, :rank], given[:rank, rank]
     while data.ndim - 1 > dims and data.shape[-1] == 1:
@@ -224,8 +229,10 @@ def _plain_picture(picture: Any, *, label: bool) -> Any:
 class _NrrdReader(NrrdReader):
     """MONAI's reader takes any space it does not know for RAS; here an unknown one is refused."""
 
-    def __init__(self) -> None:
-        super().__init__(dtype=np.float64)  # exact for every integer that a label or a CT value can be
+    def read(self, data: Any, **kwargs: Any) -> Any:
+        result = super().read(data, **kwargs)
+        self.dtype = result.array.dtype  # the file's own, not the reader's float32
+        return result
 
     def _switch_lps_ras(self, header: dict[str, Any]) -> dict[str, Any]:
         space = header.get("space")

@@ -1,5 +1,6 @@
 """Credentials: what is made is accepted by TLS, Flower and the checks; each fault is named."""
 
+import base64
 import datetime
 import ipaddress
 import socket
@@ -11,7 +12,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from common.errors import ConfigError, CredentialError
 from ops import pki
@@ -141,23 +142,35 @@ def test_unreadable_and_malformed_files_are_named_without_their_path(made, tmp_p
         assert str(tmp_path) in caught.value.detail
 
 
+def passphrase_key():
+    """An OpenSSH key file that says its private part is encrypted."""
+
+    def string(data):
+        return len(data).to_bytes(4, "big") + data
+
+    public = b"".join(map(string, (b"ecdsa-sha2-nistp384", b"nistp384", b"\x04" + bytes(96))))
+    options = string(bytes(16)) + (16).to_bytes(4, "big")
+    head = b"openssh-key-v1\0" + string(b"aes256-ctr") + string(b"bcrypt") + string(options)
+    body = base64.encodebytes(head + (1).to_bytes(4, "big") + string(public) + string(bytes(160)))
+    return b"-----BEGIN OPENSSH PRIVATE KEY-----\n" + body + b"-----END OPENSSH PRIVATE KEY-----\n"
+
+
 def test_site_keys_that_flower_would_refuse(made, tmp_path):
     form = (serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH)
     curve25519, locked = tmp_path / "ed", tmp_path / "locked"
     curve25519.write_bytes(
         ed25519.Ed25519PrivateKey.generate().private_bytes(*form, serialization.NoEncryption())
     )
-    key = ec.generate_private_key(ec.SECP384R1())
-    locked.write_bytes(key.private_bytes(*form, serialization.BestAvailableEncryption(b"word")))
+    locked.write_bytes(passphrase_key())
     with pytest.raises(CredentialError, match="another kind"):
         check(made, site_key=curve25519)
     with pytest.raises(CredentialError, match="passphrase"):
         check(made, site_key=locked)
 
 
-def signed(tmp_path, *, san, days=30, curve=None):
+def signed(tmp_path, *, san, days=30, purpose=None):
     """An authority and a server certificate of a hospital's own making."""
-    authority, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(curve or ec.SECP256R1())
+    authority, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "hospital")])
     start, end = now() - 60 * DAY, now() + days * DAY
     identity = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
@@ -173,6 +186,8 @@ def signed(tmp_path, *, san, days=30, curve=None):
     )
     if san:
         leaf = leaf.add_extension(x509.SubjectAlternativeName(san), False)
+    if purpose:
+        leaf = leaf.add_extension(x509.ExtendedKeyUsage([purpose]), False)
     paths = tmp_path / "ca.crt", tmp_path / "own.crt"
     for path, certificate in zip(paths, (root, leaf), strict=True):
         made = certificate.sign(authority, hashes.SHA256())
@@ -196,8 +211,8 @@ def test_own_certificates_with_wildcard_and_address(tmp_path):
         pki.check_credentials(**files, names=["192.0.2.8"])
 
 
-def test_certificate_too_weak_for_tls_is_refused(tmp_path):
-    files = signed(tmp_path, san=[x509.DNSName("localhost")], curve=ec.SECP192R1())
+def test_certificate_for_another_purpose_is_refused(tmp_path):
+    files = signed(tmp_path, san=[x509.DNSName("localhost")], purpose=ExtendedKeyUsageOID.CLIENT_AUTH)
     with pytest.raises(CredentialError, match="not accepted by the rules for TLS"):
         pki.check_credentials(**files, names=["localhost"])
 
