@@ -1,7 +1,9 @@
 """The `dataset.json` of a data folder: the Decathlon form, read strictly, without looking at any image.
 
-It is what both ends of the command line need before a volume is opened: the task, the number of axes, the channels and
-the class names. `client/data/datalist.py` turns it into cases. Free of torch, so that it costs nothing to import.
+It is what both ends of the command line need before a volume is opened: the task, the number of axes, the
+channels and
+the class names. `client/data/datalist.py` turns it into cases. Free of torch, so that it costs nothing to
+import.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ M = TypeVar("M", bound=BaseModel)
 class SplitFractions(Strict):
     """How cases are divided where the lists `validation` and `test` are absent."""
 
-    validation: float = Field(0.2, ge=0, lt=1)
-    test: float = Field(0.2, ge=0, lt=1)
-    seed: int | None = Field(None, ge=0)
+    validation: float = Field(default=0.2, ge=0, lt=1)
+    test: float = Field(default=0.2, ge=0, lt=1)
+    seed: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
     def _some_training(self) -> Self:
@@ -60,10 +62,10 @@ class DatasetJson(Strict):
     relase: str = ""  # the Decathlon's own files carry this slip of the pen
     version: str = ""
     note: str = ""
-    tensorImageSize: Literal["2D", "3D", "4D"] | None = None  # noqa: N815
-    numTraining: int | None = None  # noqa: N815
-    numValidation: int | None = None  # noqa: N815
-    numTest: int | None = None  # noqa: N815
+    tensorImageSize: Literal["2D", "3D", "4D"] | None = None
+    numTraining: int | None = None
+    numValidation: int | None = None
+    numTest: int | None = None
     task: TaskName | None = None
     modality: dict[str, str] = Field(default_factory=dict)
     labels: dict[str, str]
@@ -104,7 +106,9 @@ class DatasetJson(Strict):
                 item = {"image": raw} if isinstance(raw, str) else raw
                 entry = _checked(CaseEntry, item, site=site, place=f"{split}[{number}]", detail="")
                 if not entry.files or not all(entry.files):
-                    raise DataError(f"{site}: {split}[{number}] of dataset.json names no image. Give its file.", site=site)
+                    raise DataError(
+                        f"{site}: {split}[{number}] of dataset.json names no image. Give its file.", site=site
+                    )
                 found.append((split, entry))
         return found
 
@@ -115,7 +119,9 @@ class DatasetJson(Strict):
         if self.table is not None:
             return "tabular"
         labels = [entry.label for _, entry in entries if entry.label is not None]
-        return "classification" if labels and all(isinstance(label, int) for label in labels) else "segmentation"
+        return (
+            "classification" if labels and all(isinstance(label, int) for label in labels) else "segmentation"
+        )
 
     def infer_dims(self, entries: list[tuple[str, CaseEntry]]) -> int:
         """Return 0 for a table, 2 for pictures, 3 for volumes (the Decathlon's 4D is channels of volumes)."""
@@ -139,8 +145,8 @@ def read_dataset_json(folder: Path, site: str) -> DatasetJson:
         site: The site's alias, for the sentences.
 
     Raises:
-        DataError: Missing, not JSON, an unknown key (with the nearest known one), a wrong value, or class or channel
-            numbers that do not run from 0.
+        DataError: Missing, not JSON, an unknown key (with the nearest known one), a wrong value, or class or
+            channel numbers that do not run from 0.
     """
     path = folder / DATASET_FILE
     try:
@@ -153,7 +159,7 @@ def read_dataset_json(folder: Path, site: str) -> DatasetJson:
         ) from error
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{site}: dataset.json is not JSON (line {error.lineno}, column {error.colno}). Correct it there.",
+            f"{site}: dataset.json is not JSON (line {error.lineno}, column {error.colno}). Correct it.",
             detail=f"{path}: {error}",
             site=site,
         ) from error
@@ -168,7 +174,9 @@ def read_dataset_json(folder: Path, site: str) -> DatasetJson:
     if dataset.table is None:
         _check_numbering(dataset.modality, "modality", 1, site)
     elif not dataset.features or len(set(dataset.features)) != len(dataset.features):
-        raise DataError(f"{site}: dataset.json names a table; 'features' must list its columns, each once.", site=site)
+        raise DataError(
+            f"{site}: dataset.json names a table; 'features' must list its columns, each once.", site=site
+        )
     return dataset
 
 
@@ -176,16 +184,18 @@ def _check_numbering(mapping: dict[str, str], key: str, least: int, site: str) -
     expected = {str(index) for index in range(len(mapping))}
     if len(mapping) < least or mapping.keys() != expected:
         raise DataError(
-            f"{site}: '{key}' of dataset.json must map 0, 1, ... to at least {least} name{'s' if least > 1 else ''}"
-            f' (for example {{"0": "background", "1": "tumour"}}); got {len(mapping)} entries. Number them from 0.',
+            f"{site}: '{key}' of dataset.json must map the numbers from 0 on to names, at least {least}; "
+            f'got {len(mapping)} entries. Write, for example, {{"0": "background", "1": "tumour"}}.',
             site=site,
         )
     if len(set(mapping.values())) != len(mapping):
-        raise DataError(f"{site}: '{key}' of dataset.json gives two numbers the same name. Name each once.", site=site)
+        raise DataError(
+            f"{site}: '{key}' of dataset.json gives two numbers the same name. Name each once.", site=site
+        )
 
 
 def _checked(model: type[M], document: Any, *, site: str, place: str, detail: str) -> M:
-    """Validate against a model; the sentence names keys and never shows a value, which could be a file name."""
+    """Validate against a model; the sentence names keys, never a value, which could be a file name."""
     try:
         return model.model_validate(document)
     except ValidationError as error:
@@ -195,9 +205,13 @@ def _checked(model: type[M], document: Any, *, site: str, place: str, detail: st
         if first["type"] == "extra_forbidden":
             known = CaseEntry.model_fields if model is CaseEntry else DatasetJson.model_fields
             hint = nearest(str(first["loc"][-1]), known)
-            raise DataError(f"{site}: unknown key '{path}' in dataset.json. {hint}", detail=text, site=site) from error
+            raise DataError(
+                f"{site}: unknown key '{path}' in dataset.json. {hint}", detail=text, site=site
+            ) from error
         if first["type"] == "missing":
-            raise DataError(f"{site}: dataset.json lacks '{path}'. Add it (docs/data.md).", detail=text, site=site) from error
+            raise DataError(
+                f"{site}: dataset.json lacks '{path}'. Add it (docs/data.md).", detail=text, site=site
+            ) from error
         raise DataError(
             f"{site}: bad value for '{path or 'the whole'}' in dataset.json: {first['msg']}. Correct it.",
             detail=text,

@@ -1,7 +1,7 @@
 """A data root: one folder per site, and `federation.json`, which says how a run over them is best set up.
 
-    ROOT/federation.json     name, title, note, and any of data, model, train, rounds (a partial run configuration)
-    ROOT/STARE/dataset.json  one folder per site; the folder's name is the site's alias
+    ROOT/federation.json     name, title, note, and any of data, model, train, rounds (a partial run
+    configuration) ROOT/STARE/dataset.json  one folder per site; the folder's name is the site's alias
     ROOT/CHASE_DB1/dataset.json
 
 Importers write it. Where it is absent, the data settings are derived from the first site's `dataset.json`.
@@ -59,7 +59,9 @@ def find_sites(root: Path) -> dict[str, Path]:
         DataError: The root is not a folder, holds no site, or a site's folder name cannot be an alias.
     """
     if not root.is_dir():
-        raise DataError("The data root is not a folder. Give the folder that holds the sites' folders.", detail=str(root))
+        raise DataError(
+            "The data root is not a folder. Give the folder that holds the sites' folders.", detail=str(root)
+        )
     sites = {path.name: path for path in sorted(root.iterdir()) if (path / DATASET_FILE).is_file()}
     if not sites:
         raise DataError(
@@ -69,8 +71,8 @@ def find_sites(root: Path) -> dict[str, Path]:
     for number, alias in enumerate(sites, 1):
         if not _ALIAS.fullmatch(alias):
             raise DataError(
-                f"The name of site folder number {number} cannot be an alias: use 1 to 64 letters, digits, dots, "
-                "dashes and underscores, beginning with a letter or digit. Rename the folder.",
+                f"The name of site folder number {number} cannot be an alias: use 1 to 64 letters, digits, "
+                "dots, dashes and underscores, beginning with a letter or digit. Rename the folder.",
                 detail=str(sites[alias]),
             )
     return sites
@@ -100,22 +102,29 @@ def read_federation_file(path: Path) -> Federation:
         document = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DataError(
-            "federation.json cannot be read; expected a JSON object in UTF-8. Correct it, or remove it to derive the "
-            "settings from the first site.",
+            "federation.json cannot be read; expected a JSON object in UTF-8. Correct it, or remove it to derive "
+            "the settings from the first site.",
             detail=f"{path}: {error}",
         ) from error
     if not isinstance(document, dict):
-        raise DataError(f"federation.json must be a JSON object, got {type(document).__name__}.", detail=str(path))
+        raise DataError(
+            f"federation.json must be a JSON object, got {type(document).__name__}.", detail=str(path)
+        )
     known = (*_TEXTS, *SECTIONS)
     for key in document:
         if key not in known:
-            raise DataError(f"Unknown key '{key}' in federation.json. {nearest(key, known)}", detail=str(path))
+            raise DataError(
+                f"Unknown key '{key}' in federation.json. {nearest(key, known)}", detail=str(path)
+            )
     for key in _TEXTS:
         if not isinstance(document.get(key, ""), str):
             raise DataError(f"'{key}' of federation.json must be a text. Put it in quotes.", detail=str(path))
     settings = {key: document[key] for key in SECTIONS if key in document}
     federation = Federation(
-        document.get("name") or path.absolute().parent.name, document.get("title", ""), document.get("note", ""), settings
+        document.get("name") or path.absolute().parent.name,
+        document.get("title", ""),
+        document.get("note", ""),
+        settings,
     )
     federation.config()  # refuse now, where the file is named, and not in the middle of a run
     return federation

@@ -1,6 +1,7 @@
 """What a site tells about its data in its first answer, and how that is held against a run's configuration.
 
-A summary holds counts, ranges over the whole site and declared names: no case, no file name, no header value. Both ends
+A summary holds counts, ranges over the whole site and declared names: no case, no file name, no header value.
+Both ends
 use `mismatches`: the site before it loads anything, the coordinator before round 1. Free of torch.
 """
 
@@ -31,7 +32,8 @@ class SiteSummary(Strict):
         spacing_min, spacing_max: Voxel spacing in mm by axis over the readable cases.
         size_min, size_max: Voxels by axis over the readable cases.
         orientations: Cases by axis codes (volumes).
-        intensity: By channel and percentile ("p01", "p50", "p99"), the least and greatest value over the cases.
+        intensity: By channel and percentile ("p01", "p50", "p99"), the least and greatest value over the
+            cases.
         class_share: Share of voxels (or of cases, or rows) by class; sums to 1 where anything was counted.
         empty_classes: Classes that no case of the site holds.
         missing_share: Share of empty cells by feature (tables).
@@ -45,7 +47,7 @@ class SiteSummary(Strict):
     channels: tuple[str, ...]
     labels: tuple[str, ...]
     cases: dict[str, int]
-    unlabelled: int = Field(0, ge=0)
+    unlabelled: int = Field(default=0, ge=0)
     spacing_min: tuple[float, ...] = ()
     spacing_max: tuple[float, ...] = ()
     size_min: tuple[int, ...] = ()
@@ -56,7 +58,7 @@ class SiteSummary(Strict):
     empty_classes: tuple[str, ...] = ()
     missing_share: dict[str, float] = Field(default_factory=dict)
     problems: dict[str, int] = Field(default_factory=dict)
-    errors: int = Field(0, ge=0)
+    errors: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,11 @@ def _spacing(summary: SiteSummary, config: DataConfig) -> list[Mismatch]:
     if not (spacing_is_off(summary.spacing_min, config) or spacing_is_off(summary.spacing_max, config)):
         return []
     expected = f"{_numbers(config.spacing)} mm within a ratio of {1 + config.spacing_tolerance:g}"
-    return [Mismatch("spacing", expected, f"{_numbers(summary.spacing_min)} to {_numbers(summary.spacing_max)} mm")]
+    return [
+        Mismatch(
+            "spacing", expected, f"{_numbers(summary.spacing_min)} to {_numbers(summary.spacing_max)} mm"
+        )
+    ]
 
 
 def _names(names: tuple[str, ...]) -> str:

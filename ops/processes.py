@@ -9,6 +9,7 @@ process id cannot be given to a stranger before its whole session has been clear
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +56,7 @@ class Process:
     site: str = ""
     cwd: Path | None = None
     expected: bool = field(default=False, init=False)
+    reported: bool = field(default=False, init=False)
     started: float = field(default=0.0, init=False)
     _popen: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
     _code: int | None = field(default=None, init=False)
@@ -89,7 +91,7 @@ class Process:
                     site=self.site,
                 ) from error
         self.started = time.monotonic()
-        self.expected = False
+        self.expected = self.reported = False
         self._code = None
 
     @property
@@ -97,14 +99,20 @@ class Process:
         """Its process id; 0 before it was started."""
         return self._popen.pid if self._popen is not None else 0
 
+    @property
+    def collected(self) -> bool:
+        """Whether nothing of it is left, not even its id, which may be a stranger's by now."""
+        return self._popen is None or self._code is not None
+
     def exit_code(self) -> int | None:
         """Return how it ended (negative: by that signal), or none while it runs."""
         if self._code is not None or self._popen is None:
             return self._code
         try:
             info = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:  # somebody in this process collected it
-            return self._popen.poll()
+        except ChildProcessError:  # somebody collected it: its id may be a stranger's by now
+            self._code = self._popen.poll()
+            return self._code
         if info is None:
             return None
         return info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
@@ -125,17 +133,15 @@ class Process:
 
     def clear(self, others: Sequence[psutil.Process] = ()) -> None:
         """Kill whatever is left of it, its session and the given descendants, then collect it."""
-        if self._popen is None or self._code is not None:
+        if self._popen is None or self.collected:
             return
-        for other in {*others, *session_members(self.pid)}:
+        for other in {*others, *session_members({self.pid})}:
             try:
                 other.kill()  # psutil compares creation times, so a reused id is safe
             except psutil.Error:
                 continue
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)  # the leader is not collected yet, so the id is still its own
-        except (ProcessLookupError, PermissionError):
-            pass
         self._popen.wait()
         self._code = self._popen.returncode
 
@@ -158,10 +164,8 @@ class Process:
 
     def _signal(self, number: signal.Signals) -> None:
         if self._popen is not None and self.exit_code() is None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
-            except ProcessLookupError:
-                pass
 
 
 class ProcessGroup:
@@ -174,7 +178,6 @@ class ProcessGroup:
     def __init__(self, events: EventLog | None = None) -> None:
         self.processes: dict[str, Process] = {}
         self._events = events
-        self._reported: set[int] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -263,30 +266,35 @@ class ProcessGroup:
         return {name: process.memory() for name, process in self.processes.items()}
 
     def _finish(self, processes: Sequence[Process], seconds: float) -> None:
-        family = {process.pid: _descendants(process.pid) for process in processes if process.pid}
+        processes = [process for process in processes if not process.collected]
+        family = {process.pid: _descendants(process.pid) for process in processes}
         deadline = time.monotonic() + seconds
         try:
             for process in processes:
                 if process.exit_code() is None:
                     process.terminate()
-            while time.monotonic() < deadline and any(
-                process.exit_code() is None
-                or _alive(family.get(process.pid, ()))
-                or session_members(process.pid)
-                for process in processes
-            ):
+            told: set[psutil.Process] = set()
+            while time.monotonic() < deadline:
+                running = {process.pid for process in processes if process.exit_code() is None}
+                orphans = {*session_members(family.keys() - running)}
+                for orphan in orphans - told:  # their leader is gone and told them nothing
+                    with contextlib.suppress(psutil.Error):
+                        orphan.terminate()
+                told |= orphans
+                if not running and not orphans and not any(_alive(members) for members in family.values()):
+                    break
                 time.sleep(0.02)
         finally:
             for process in processes:
-                process.clear(family.get(process.pid, ()))
+                process.clear(family[process.pid])
             for process in processes:
                 code = process.exit_code()
                 if code is not None:
                     self._report(process, code)
 
     def _report(self, process: Process, code: int) -> None:
-        if process.pid not in self._reported:
-            self._reported.add(process.pid)
+        if not process.reported:
+            process.reported = True
             self._emit("process.exit", process, code=code, expected=process.expected)
 
     def _emit(self, event: str, process: Process, **fields: object) -> None:
@@ -295,7 +303,7 @@ class ProcessGroup:
 
 
 def explain(code: int) -> str:
-    """Return an exit code in words: "with code 10 (credential)", "by signal SIGKILL (perhaps out of memory)"."""
+    """Return an exit code in words: "with code 10 (credential)", "by signal SIGTERM"."""
     if code < 0:
         try:
             name = signal.Signals(-code).name
@@ -306,12 +314,12 @@ def explain(code: int) -> str:
     return f"with code {code}" + (f" ({known[code]})" if code in known else "")
 
 
-def session_members(leader: int) -> list[psutil.Process]:
-    """Return the living processes of a session, without its leader."""
+def session_members(leaders: Collection[int]) -> list[psutil.Process]:
+    """Return the living processes of sessions, without their leaders."""
     members = []
     for pid in psutil.pids():
         try:
-            if pid != leader and os.getsid(pid) == leader:
+            if pid not in leaders and os.getsid(pid) in leaders:
                 members.append(psutil.Process(pid))
         except (OSError, psutil.Error):
             continue

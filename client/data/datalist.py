@@ -1,7 +1,7 @@
 """From a data folder to cases: which files belong to whom, in which split, under which alias.
 
-Nothing is opened but `dataset.json` and, for a table, its CSV file; every listed file must be there. From here on a
-case is known by its alias alone: "case-0001" is the first one listed, whatever its file is called.
+Nothing is opened but `dataset.json` and, for a table, its CSV file; every listed file must be there. From
+here on a case is known by its alias alone: "case-0001" is the first one listed, whatever its file is called.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def read_datalist(folder: Path, site: str, *, seed: int = 0) -> Datalist:
         seed: Seed of the split where the file gives neither lists nor a seed.
 
     Raises:
-        DataError: A missing or invalid `dataset.json`; a path outside the folder; a missing file; a case listed
-            twice; a group on both sides of a split; a class outside the set; no training case.
+        DataError: A missing or invalid `dataset.json`; a path outside the folder; a missing file; a case
+            listed twice; a group on both sides of a split; a class outside the set; no training case.
     """
     dataset = read_dataset_json(folder, site)
     if dataset.table is not None:
@@ -101,7 +101,9 @@ def read_datalist(folder: Path, site: str, *, seed: int = 0) -> Datalist:
     entries = dataset.entries(site)
     task = dataset.infer_task(entries)
     if task == "tabular":
-        raise DataError(f"{site}: task tabular needs the key 'table' in dataset.json. Name the CSV file.", site=site)
+        raise DataError(
+            f"{site}: task tabular needs the key 'table' in dataset.json. Name the CSV file.", site=site
+        )
     reader = _EntryReader(folder, site, task, len(dataset.label_names))
     listed: list[tuple[str, Case]] = []
     unlabelled = 0
@@ -112,7 +114,9 @@ def read_datalist(folder: Path, site: str, *, seed: int = 0) -> Datalist:
             listed.append((split, reader.case(index, entry)))
     reader.refuse_repeats([case for _, case in listed])
     strata = [case.label if isinstance(case.label, int) else 0 for _, case in listed]
-    splits = _splits(dataset, [split for split, _ in listed], [case.group for _, case in listed], strata, seed)
+    splits = _splits(
+        dataset, [split for split, _ in listed], [case.group for _, case in listed], strata, seed
+    )
     cases = _by_split([case for _, case in listed], splits, site)
     dims = dataset.infer_dims(entries)
     return Datalist(
@@ -136,7 +140,9 @@ class _EntryReader:
         return Case(alias, image, self._label(alias, entry.label), group, index)
 
     def _label(self, alias: str, label: str | int | None) -> Path | int:
-        expected = "the path of a mask" if self.task == "segmentation" else f"a class from 0 to {self.classes - 1}"
+        expected = (
+            "the path of a mask" if self.task == "segmentation" else f"a class from 0 to {self.classes - 1}"
+        )
         if self.task == "segmentation" and isinstance(label, str):
             return self.file(alias, label, "label")
         if self.task == "classification" and isinstance(label, int) and 0 <= label < self.classes:
@@ -157,10 +163,16 @@ class _EntryReader:
             )
         path = self.folder / pure
         if not path.exists():
-            raise self._error(alias, f"the {what} that dataset.json lists is not there. Put it there or unlist it", str(path))
+            raise self._error(
+                alias,
+                f"the {what} that dataset.json lists is not there. Put it there or unlist it",
+                str(path),
+            )
         if not path.resolve().is_relative_to(self.folder.resolve()):
             raise self._error(
-                alias, f"the {what} is a link that leads out of the data folder. Put the data itself there", str(path)
+                alias,
+                f"the {what} is a link that leads out of the data folder. Put the data itself there",
+                str(path),
             )
         return path
 
@@ -175,7 +187,9 @@ class _EntryReader:
                 real = path.resolve()
                 if real in owner:
                     raise self._error(
-                        case.alias, f"its image is already listed by {owner[real]}. List every image once", str(path)
+                        case.alias,
+                        f"its image is already listed by {owner[real]}. List every image once",
+                        str(path),
                     )
                 owner[real] = case.alias
 
@@ -185,8 +199,8 @@ def _splits(
 ) -> list[str]:
     """Return every case's split: as listed, and out of the training list where a list is absent.
 
-    If one of validation and test is listed, the other is drawn only where "split" asks for it: a list that somebody
-    made on purpose is not cut without being told to.
+    If one of validation and test is listed, the other is drawn only where "split" asks for it: a list that
+    somebody made on purpose is not cut without being told to.
     """
     absent = [split for split in SPLITS[1:] if split not in listed]
     if not absent or (len(absent) == 1 and dataset.split is None):
@@ -230,7 +244,12 @@ def _read_tabular(folder: Path, site: str, dataset: DatasetJson, seed: int) -> D
     reader = _EntryReader(folder, site, "tabular", len(dataset.label_names))
     path = reader.file("table", dataset.table or "", "table")
     spec = TableSpec(
-        path, dataset.features, dataset.target, dataset.split_column, dataset.group_column, dataset.missing_values
+        path,
+        dataset.features,
+        dataset.target,
+        dataset.split_column,
+        dataset.group_column,
+        dataset.missing_values,
     )
     table = read_table(spec, site)
     refuse_bad_cells(table, site)
@@ -242,7 +261,9 @@ def _read_tabular(folder: Path, site: str, dataset: DatasetJson, seed: int) -> D
     splits = listed if table.splits is not None else _splits(dataset, listed, groups, strata, seed)
     by_split = _by_split(cases, splits, site)
     unlabelled = len(table.targets) - len(rows)
-    return Datalist(site, folder, "tabular", 0, dataset.features, dataset.label_names, by_split, unlabelled, spec)
+    return Datalist(
+        site, folder, "tabular", 0, dataset.features, dataset.label_names, by_split, unlabelled, spec
+    )
 
 
 def _row_case(table: Table, row: int, classes: int, site: str) -> Case:

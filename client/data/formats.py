@@ -1,14 +1,13 @@
 """Reading one image, whatever its format, into channels-first voxels with their geometry.
 
-The reader is chosen by the format and nothing else is tried: a file that its own reader refuses is refused. MONAI's
-readers do the decoding; here is what they leave open: which files of a folder make one DICOM series, in which order, and
-with which gaps; what a NRRD space is called; what a palette or a one-bit picture means.
+The reader is chosen by the format and nothing else is tried: a file that its own reader refuses is refused.
+MONAI's readers do the decoding; here is what they leave open: which files of a folder make one DICOM series, in
+which order, and with which gaps; what a NRRD space is called; what a palette or a one-bit picture means.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -53,8 +52,8 @@ _RAS = {"right-anterior-superior", "ras"}
 _MAX_GAP = 1.5
 
 
-class Unreadable(Exception):  # noqa: N818  # an answer about a file, always turned into a DataError
-    """What is wrong with a file, as a clause that may be shown: no path, no header value."""
+class Unreadable(Exception):
+    """What is wrong with a file, as a clause that may be shown; always turned into a `DataError`."""
 
 
 @dataclass
@@ -84,7 +83,7 @@ class Volume:
 
 
 def detect(path: Path) -> Format | None:
-    """Return a path's format by its suffix; a folder is a DICOM series; without a suffix DICOM's own mark counts."""
+    """Return a path's format by its suffix; a folder is a DICOM series; else DICOM's own mark counts."""
     if path.is_dir():
         return Format.DICOM
     name = path.name.lower()
@@ -103,7 +102,9 @@ def known_formats() -> str:
     return f"{', '.join(_SUFFIXES)} or a folder of DICOM files"
 
 
-def read_image(paths: Sequence[Path], *, site: str, alias: str, dims: int, channels: int, what: str = "image") -> Volume:
+def read_image(
+    paths: Sequence[Path], *, site: str, alias: str, dims: int, channels: int, what: str = "image"
+) -> Volume:
     """Read an image from one file, or from one file per channel.
 
     Args:
@@ -115,7 +116,8 @@ def read_image(paths: Sequence[Path], *, site: str, alias: str, dims: int, chann
         what: "image" or "label".
 
     Raises:
-        DataError: Unknown format, unreadable file, another number of axes, or channels that lie on different grids.
+        DataError: Unknown format, unreadable file, another number of axes, or channels that lie on different
+            grids.
     """
     volumes = [_read_one(path, site, alias, dims, channels, what) for path in paths]
     first = volumes[0]
@@ -123,13 +125,16 @@ def read_image(paths: Sequence[Path], *, site: str, alias: str, dims: int, chann
         return first
     for number, other in enumerate(volumes[1:], 2):
         if other.data.shape[0] != 1 or first.data.shape[0] != 1:
-            raise _error(site, alias, what, "gives one file per channel, so each file must hold one channel", paths[0])
+            raise _error(
+                site, alias, what, "gives one file per channel, so each file must hold one channel", paths[0]
+            )
         if other.size != first.size or not np.allclose(other.affine, first.affine, atol=1e-3):
             raise _error(
                 site,
                 alias,
                 what,
-                f"has file {number} on another grid than file 1 ({_sizes(other.size)} and {_sizes(first.size)} voxels); "
+                f"has file {number} on another grid than file 1 "
+                f"({_sizes(other.size)} and {_sizes(first.size)} voxels); "
                 "all channels of a case must share size and geometry: register and resample them first",
                 paths[number - 1],
             )
@@ -143,9 +148,7 @@ def _read_one(path: Path, site: str, alias: str, dims: int, channels: int, what:
     if kind is None:
         raise _error(site, alias, what, f"has an unknown format; expected {known_formats()}", path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the readers' warnings name files; what matters is checked here
-            array, meta = _decode(_reader(kind, path, what), path)
+        array, meta = _decode(_reader(kind, path, what), path)
         return _volume(array, meta, kind, dims, channels, what)
     except Unreadable as error:
         raise _error(site, alias, what, str(error), path) from error
@@ -175,11 +178,17 @@ def _decode(reader: ImageReader, path: Path) -> tuple[NDArray[Any], dict[str, An
     # The reader is called itself: MONAI's LoadImage builds every other reader too and logs paths.
     array, meta = reader.get_data(reader.read(str(path)))
     if not np.issubdtype(array.dtype, np.number) and array.dtype != np.bool_:
-        raise Unreadable("holds structured values (such as RGB triples); expected one number a voxel and channel")
-    return array.astype(array.dtype.newbyteorder("=")), meta  # a copy: it must outlive the reader's own buffer
+        raise Unreadable(
+            "holds structured values (such as RGB triples); expected one number a voxel and channel"
+        )
+    return array.astype(
+        array.dtype.newbyteorder("=")
+    ), meta  # a copy: it must outlive the reader's own buffer
 
 
-def _volume(array: NDArray[Any], meta: dict[str, Any], kind: Format, dims: int, channels: int, what: str) -> Volume:
+def _volume(
+    array: NDArray[Any], meta: dict[str, Any], kind: Format, dims: int, channels: int, what: str
+) -> Volume:
     data = EnsureChannelFirst()(convert_to_tensor(array), meta_dict=meta)
     data = data.as_tensor() if isinstance(data, MetaTensor) else data
     affine = np.eye(4)
@@ -193,9 +202,16 @@ def _volume(array: NDArray[Any], meta: dict[str, Any], kind: Format, dims: int, 
     if data.is_complex():
         raise Unreadable("holds complex numbers; expected real values: store the magnitude")
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
-        raise Unreadable("has a geometry without volume or with values that are not finite; correct its header")
+        raise Unreadable(
+            "has a geometry without volume or with values that are not finite; correct its header"
+        )
     wanted = 1 if what == "label" else channels
-    if data.shape[0] in (3, 4) and wanted == 1 and kind is Format.PICTURE and bool((data[:3] == data[:1]).all()):
+    if (
+        data.shape[0] in (3, 4)
+        and wanted == 1
+        and kind is Format.PICTURE
+        and bool((data[:3] == data[:1]).all())
+    ):
         data = data[:1]  # grey, saved as colour
     spacing = tuple(round(float(np.linalg.norm(affine[:3, axis])), 6) for axis in range(dims))
     if dims == 2:
@@ -212,8 +228,8 @@ def _sizes(size: Sequence[int]) -> str:
 def _plain_picture(picture: Any, *, label: bool) -> Any:
     """Bring a picture to grey, colour or class numbers.
 
-    A palette picture is class numbers as a label and colours as an image; transparency is dropped; one bit becomes 0
-    and 255.
+    A palette picture is class numbers as a label and colours as an image; transparency is dropped; one bit
+    becomes 0 and 255.
     """
     if getattr(picture, "n_frames", 1) > 1:
         raise Unreadable(f"holds {picture.n_frames} pages, expected one picture a file; store pages as files")
@@ -240,7 +256,9 @@ class _NrrdReader(NrrdReader):
         if name in _RAS:
             return header
         if name not in _LPS:
-            raise Unreadable("has a NRRD space other than left-posterior-superior or right-anterior-superior; convert it")
+            raise Unreadable(
+                "has a NRRD space other than left-posterior-superior or right-anterior-superior; convert it"
+            )
         return super()._switch_lps_ras({**header, "space": "left-posterior-superior"})
 
 
@@ -261,8 +279,8 @@ def series_files(folder: Path) -> list[str]:
     Files that are not DICOM images (a DICOMDIR, a text) are passed over.
 
     Raises:
-        Unreadable: No image, more than one series, slices without or with the same position, differing orientation,
-            or a missing slice.
+        Unreadable: No image, more than one series, slices without or with the same position, differing
+            orientation, or a missing slice.
     """
     import pydicom
     from pydicom.errors import InvalidDicomError
@@ -289,11 +307,16 @@ def series_files(folder: Path) -> list[str]:
 
 
 def _in_order(slices: list[tuple[str, Any]]) -> list[str]:
-    if any(header.get("ImagePositionPatient") is None or header.get("ImageOrientationPatient") is None for _, header in slices):
+    if any(
+        header.get("ImagePositionPatient") is None or header.get("ImageOrientationPatient") is None
+        for _, header in slices
+    ):
         raise Unreadable("is a DICOM series with slices that do not say where they lie")
     planes = np.array([[float(v) for v in header.ImageOrientationPatient] for _, header in slices])
     if np.abs(planes - planes[0]).max() > 1e-2:
-        raise Unreadable("is a DICOM series whose slices differ in orientation; give each orientation its own folder")
+        raise Unreadable(
+            "is a DICOM series whose slices differ in orientation; give each orientation its own folder"
+        )
     normal = np.cross(planes[0, :3], planes[0, 3:])
     points = np.array([[float(v) for v in header.ImagePositionPatient] for _, header in slices])
     places = points @ normal
@@ -301,7 +324,11 @@ def _in_order(slices: list[tuple[str, Any]]) -> list[str]:
     gaps = np.diff(places[order])
     usual = float(np.median(gaps))
     if gaps.min() < 1e-3 or usual < 1e-3:
-        raise Unreadable("is a DICOM series with several slices at one position; give each time or echo its own folder")
+        raise Unreadable(
+            "is a DICOM series with several slices at one position; give each time or echo its own folder"
+        )
     if gaps.max() > _MAX_GAP * usual:
-        raise Unreadable(f"is a DICOM series with {int((gaps > _MAX_GAP * usual).sum())} gaps: slices are missing")
+        raise Unreadable(
+            f"is a DICOM series with {int((gaps > _MAX_GAP * usual).sum())} gaps: slices are missing"
+        )
     return [slices[index][0] for index in order]

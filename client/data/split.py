@@ -1,8 +1,8 @@
 """The seeded split of cases into training, validation and test, by group.
 
-A group (a patient, an eye pair, a study) is never divided. Groups are shuffled within their class and dealt one after
-another to the split that is furthest behind its share, so that each split gets its share of the cases and, as far as
-the groups allow, of every class.
+A group (a patient, an eye pair, a study) is never divided. Groups are shuffled within their class and dealt
+one after another to the split that is furthest behind its share, so that each split gets its share of the
+cases and, as far as the groups allow, of every class.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def split_by_group(
         seed: Same seed, same split, whatever was drawn before.
 
     Returns:
-        One of `SPLITS` per case. Training is never empty; with as many groups as splits with a share, none is.
+        One of `SPLITS` per case. Training is never empty; with as many groups as splits with a share, none
+        is.
     """
     members: dict[str, list[int]] = {}
     for index, group in enumerate(groups):

@@ -1,6 +1,7 @@
 """Clinical tables: a CSV file of numeric features and one integer class, read strictly.
 
-Missing cells are filled, and features standardised, from the site's own training rows; those statistics stay here.
+Missing cells are filled, and features standardised, from the site's own training rows; those statistics stay
+here.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Table:
 
 
 def read_table(spec: TableSpec, site: str) -> Table:
-    """Read a site's table; cells that are no numbers are collected, not refused, so that a check sees them all.
+    """Read a site's table; cells that are no numbers are collected, so that a check sees them all.
 
     Raises:
         DataError: Unreadable file, missing or repeated columns, rows of another length, or no rows.
@@ -78,7 +79,7 @@ def read_table(spec: TableSpec, site: str) -> Table:
     for name in wanted:
         if name not in place:
             raise DataError(
-                f"{site}: the table has no column '{name}'. {nearest(name, header)} Correct dataset.json or the table.",
+                f"{site}: the table has no column '{name}'. {nearest(name, header)} Correct dataset.json.",
                 detail=str(spec.path),
                 site=site,
             )
@@ -127,7 +128,8 @@ class Standardiser:
     """A site's own fill values and scale, from its training rows. It never leaves the site.
 
     Attributes:
-        fill: Value put in place of a missing one, before scaling; NaN for a feature without any training value.
+        fill: Value put in place of a missing one, before scaling; NaN for a feature without any training
+            value.
         mean, scale: Standardisation of a feature; scale is positive.
     """
 
@@ -138,7 +140,8 @@ class Standardiser:
     def apply(self, values: NDArray[np.float64]) -> NDArray[np.float32]:
         """Return filled, standardised float32 values of the same shape; every one is finite.
 
-        A feature that the site never measured in training is 0 throughout: without a scale its values mean nothing.
+        A feature that the site never measured in training is 0 throughout: without a scale its values mean
+            nothing.
         """
         filled = np.where(np.isnan(values), self.fill, values)
         result = (filled - self.mean) / self.scale
@@ -163,7 +166,8 @@ def fit_standardiser(
             continue
         spread = float(measured.std())
         mean[column] = float(measured.mean()) if standardise else 0.0
-        # a constant feature carries nothing: its values become 0, and a rounding-error spread must not blow them up
+        # a constant feature carries nothing: its values become 0, and a rounding-error spread must not blow
+        # them up
         constant = spread <= 1e-12 * max(1.0, abs(float(measured.mean())))
         scale[column] = spread if standardise and not constant else 1.0
         fill[column] = float(np.median(measured)) if missing == "median" else mean[column]
@@ -181,16 +185,22 @@ def _read_rows(spec: TableSpec, site: str) -> tuple[list[str], list[list[str]]]:
             site=site,
         ) from error
     if not lines:
-        raise DataError(f"{site}: the table is empty. Expected a header line and rows.", detail=str(spec.path), site=site)
+        raise DataError(
+            f"{site}: the table is empty. Expected a header line and rows.", detail=str(spec.path), site=site
+        )
     header = [name.strip() for name in lines[0]]
     if len(header) == 1 and ";" in header[0]:
         raise DataError(
-            f"{site}: the table is separated by semicolons. Save it with commas, and with points as decimal marks.",
+            f"{site}: the table is separated by semicolons. Save it with commas and decimal points.",
             detail=str(spec.path),
             site=site,
         )
     if len(set(header)) != len(header):
-        raise DataError(f"{site}: two columns of the table have the same name. Rename one.", detail=str(spec.path), site=site)
+        raise DataError(
+            f"{site}: two columns of the table have the same name. Rename one.",
+            detail=str(spec.path),
+            site=site,
+        )
     rows = lines[1:]
     if not rows:
         raise DataError(f"{site}: the table has a header line and no rows.", detail=str(spec.path), site=site)
@@ -205,7 +215,9 @@ def _read_rows(spec: TableSpec, site: str) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _numbers(cells: list[str], column: str, missing: tuple[float, ...], bad: list[BadCell]) -> NDArray[np.float64]:
+def _numbers(
+    cells: list[str], column: str, missing: tuple[float, ...], bad: list[BadCell]
+) -> NDArray[np.float64]:
     result = np.full(len(cells), np.nan)
     for row, cell in enumerate(cells):
         text = cell.strip()
