@@ -30,7 +30,9 @@ WIRE_SCHEMA = 1
 MAX_METADATA = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
-def call_worker(socket: str, parts: Parts, *, timeout: float, site: str, connect: float = CONNECT_SECONDS) -> Parts:
+def call_worker(
+    socket: str, parts: Parts, *, timeout: float, site: str, connect: float = CONNECT_SECONDS
+) -> Parts:
     """Send a message to the worker and return its answer.
 
     Args:
@@ -49,17 +51,24 @@ def call_worker(socket: str, parts: Parts, *, timeout: float, site: str, connect
             grpc.channel_ready_future(channel).result(timeout=connect)
         except grpc.FutureTimeoutError as error:
             raise WorkerError(
-                f"{site}: no worker answers on its socket after {connect:.0f} s. Start the site's worker, then retry.", site=site
+                f"{site}: no worker answers on its socket after {connect:.0f} s. Start the site's worker, then retry.",
+                site=site,
             ) from error
         try:
-            return from_frames(WorkerStub(channel).Handle(to_frames(parts), timeout=timeout, metadata=(("wardround-site", site),)))
+            return from_frames(
+                WorkerStub(channel).Handle(
+                    to_frames(parts), timeout=timeout, metadata=(("wardround-site", site),)
+                )
+            )
         except grpc.RpcError as error:
             status = error.code().name if isinstance(error, grpc.Call) else "UNKNOWN"
             hint = {
                 "UNAVAILABLE": "it ended during the call; look at the worker's log at the site, it may be restarted",
                 "DEADLINE_EXCEEDED": "the work took longer than the round's deadline",
             }.get(status, "look at the worker's log at the site")
-            raise WorkerError(f"{site}: the call to the worker broke ({status}): {hint}.", site=site) from error
+            raise WorkerError(
+                f"{site}: the call to the worker broke ({status}): {hint}.", site=site
+            ) from error
 
 
 def failure_parts(error: BaseException, site: str) -> Parts:
@@ -89,7 +98,7 @@ def site_of(context: Context) -> tuple[str, str]:
         alias = f"partition:{config['partition-id']}"
     if not socket or not alias:
         raise WorkerError(
-            "This SuperNode does not say which site it is. Start it with --node-config 'site=\"ALIAS\" worker=\"SOCKET\"'."
+            'This SuperNode does not say which site it is. Start it with --node-config \'site="ALIAS" worker="SOCKET"\'.'
         )
     return alias, socket
 
@@ -104,7 +113,9 @@ def relay(message: Message, context: Context) -> Message:
         answer = call_worker(socket, parts, timeout=max(remaining, 1.0), site=site)
         if "head" not in answer:
             raise PayloadError(f"{site}: the worker's answer has no header.", site=site)
-    except Exception as error:  # everything: Flower would send the raw text of an exception to the coordinator
+    except (
+        Exception
+    ) as error:  # everything: Flower would send the raw text of an exception to the coordinator
         print(f"relay: {type(error).__name__}: {error}", file=sys.stderr, flush=True)  # noqa: T201 the site's own log
         answer = failure_parts(error, site)
     return Message(to_record(answer, usage()), reply_to=message)

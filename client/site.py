@@ -94,7 +94,9 @@ class Site:
         decoded = time.perf_counter() - started
         answers = {HELLO: self._hello, ROUND: self._round, CLOSING: self._closing}
         if envelope.phase not in answers:
-            raise PayloadError(f"{self.alias}: the message has the unknown phase {envelope.phase}.", site=self.alias)
+            raise PayloadError(
+                f"{self.alias}: the message has the unknown phase {envelope.phase}.", site=self.alias
+            )
         reply = answers[envelope.phase](envelope)
         reply.seconds["decode"] = decoded
         encode_started = time.perf_counter()
@@ -137,7 +139,9 @@ class Site:
         clock.lap("train")
         payloads = {payload.name: payload for payload in result.payloads}
         self._release(payloads, session, result.cases)
-        session.states.write(envelope.round, join_states(method=result.state, optimizer=trainer.optimizer_state()))
+        session.states.write(
+            envelope.round, join_states(method=result.state, optimizer=trainer.optimizer_state())
+        )
         clock.lap("save")
         loss = result.stats.loss if result.stats else float("nan")
         return self._reply(
@@ -172,12 +176,19 @@ class Site:
         if PERSONAL in models:
             folder = self.config.models or self.config.home / "models"
             name = f"personal-{self.alias}.safetensors"
-            notes = {"run": envelope.run, "method": session.config.method, "site": self.alias, "round": str(envelope.round - 1)}
+            notes = {
+                "run": envelope.run,
+                "method": session.config.method,
+                "site": self.alias,
+                "round": str(envelope.round - 1),
+            }
             size = write_tensors(folder / name, models[PERSONAL], notes)
             self.events.emit("model.saved", name=name, bytes=size, round=envelope.round - 1)
         split = "test" if self._count("test") else "validation"
         if self._count(split):
-            count = save_slices(self.config.home / "slices", self._data(), session.trainer, best, split=split, count=SLICES)
+            count = save_slices(
+                self.config.home / "slices", self._data(), session.trainer, best, split=split, count=SLICES
+            )
             self.events.emit("slices.saved", round=envelope.round - 1, count=count)
 
     def _open(self, run: str, text: str) -> Session:
@@ -185,12 +196,17 @@ class Site:
         if self._session and self._session.run == run and self._session.text == text:
             return self._session
         if not _RUN_ID.fullmatch(run) or run.startswith("."):
-            raise PayloadError(f"{self.alias}: the run's identifier has characters that are not allowed.", site=self.alias)
+            raise PayloadError(
+                f"{self.alias}: the run's identifier has characters that are not allowed.", site=self.alias
+            )
         config = RunConfig.from_json(text)
         method = get_method(config.method)
         self._ask_policy(method)
         if self._dataset is None or self._dataset[0] != config.data:
-            self._dataset = (config.data, SiteDataset(self._datalist(), config.data, cache_bytes=self.config.compute.cache_mb << 20))
+            self._dataset = (
+                config.data,
+                SiteDataset(self._datalist(), config.data, cache_bytes=self.config.compute.cache_mb << 20),
+            )
         network = build_model(config.model, config.data, seed=config.seed)
         trainer = Trainer(
             config, self._data(), network, parameter_groups(network), get_task(config.data, config.train),
@@ -213,7 +229,10 @@ class Site:
         allowed = self.config.policy.kinds
         for payload in payloads.values():
             if "*" not in allowed and payload.kind not in allowed:
-                raise PolicyError(f"{self.alias}: the site's policy lets no payload of kind '{payload.kind}' out.", site=self.alias)
+                raise PolicyError(
+                    f"{self.alias}: the site's policy lets no payload of kind '{payload.kind}' out.",
+                    site=self.alias,
+                )
         if cases < self.config.policy.min_cases:
             raise PolicyError(
                 f"{self.alias}: {cases} training cases are fewer than the site's policy asks for ({self.config.policy.min_cases}).",
@@ -263,16 +282,26 @@ class Site:
         choice = self.config.compute.amp
         return choice == "on" or (choice == "auto" and self.device.type == "cuda")
 
-    def _evaluate(self, trainer: Trainer, name: str, weights: Tensors, split: str, round_: int, *, hd95: bool) -> MetricSet:
+    def _evaluate(
+        self, trainer: Trainer, name: str, weights: Tensors, split: str, round_: int, *, hd95: bool
+    ) -> MetricSet:
         sums, cases = trainer.evaluate(weights, split, hd95=hd95)
         return MetricSet(round_, split, name, cases, sums, trainer.task.primary)
 
     def _context(self, envelope: Envelope, session: Session) -> RoundContext:
-        return RoundContext(envelope.run, envelope.round, session.config.rounds.rounds, session.config.seed, self.alias)
+        return RoundContext(
+            envelope.run, envelope.round, session.config.rounds.rounds, session.config.seed, self.alias
+        )
 
     def _reply(self, envelope: Envelope, **fields: object) -> Envelope:
         return Envelope(
-            envelope.run, envelope.round, envelope.phase, self.alias, rounds=envelope.rounds, device=self.device.type, **fields  # type: ignore[arg-type]
+            envelope.run,
+            envelope.round,
+            envelope.phase,
+            self.alias,
+            rounds=envelope.rounds,
+            device=self.device.type,
+            **fields,  # type: ignore[arg-type]
         )
 
     def _phase(self, round_: int, phase: str) -> None:
@@ -316,8 +345,12 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise DataError(f"The site's configuration asks for device '{name}', which this machine does not have. Use 'auto' or 'cpu'.")
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise DataError(
+            f"The site's configuration asks for device '{name}', which this machine does not have. Use 'auto' or 'cpu'."
+        )
     return device
 
 

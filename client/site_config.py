@@ -1,20 +1,20 @@
 """What a hospital decides about its own site: `site.toml`, read by the worker and by nobody else.
 
-    alias = "hospital-1"            # the only name the coordinator ever sees
-    data = "/data"                  # folder with dataset.json
-    socket = "/run/wardround/worker.sock"
-    home = "/var/lib/wardround"     # site state, personal models, example slices, events, log
+alias = "hospital-1"            # the only name the coordinator ever sees
+data = "/data"                  # folder with dataset.json
+socket = "/run/wardround/worker.sock"
+home = "/var/lib/wardround"     # site state, personal models, example slices, events, log
 
-    [compute]
-    device = "auto"                 # auto, cpu, cuda, cuda:1
-    amp = "auto"                    # auto (on CUDA), on, off
-    threads = 0                     # CPU threads for torch; 0 leaves torch's choice
-    cache_mb = 2048                 # decoded volumes kept in memory at most
+[compute]
+device = "auto"                 # auto, cpu, cuda, cuda:1
+amp = "auto"                    # auto (on CUDA), on, off
+threads = 0                     # CPU threads for torch; 0 leaves torch's choice
+cache_mb = 2048                 # decoded volumes kept in memory at most
 
-    [policy]
-    methods = ["*"]                 # methods this hospital takes part in
-    kinds = ["*"]                   # payload kinds that may leave (common/payload.py, Kind)
-    min_cases = 1                   # training cases below which nothing leaves
+[policy]
+methods = ["*"]                 # methods this hospital takes part in
+kinds = ["*"]                   # payload kinds that may leave (common/payload.py, Kind)
+min_cases = 1                   # training cases below which nothing leaves
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class Policy(Strict):
 class SiteConfig(Strict):
     """A hospital's own configuration."""
 
-    alias: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="letters, digits, dots, dashes, underscores")
+    alias: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="letters, digits, dots, dashes, underscores"
+    )
     data: Path
     socket: Path
     home: Path
@@ -70,9 +72,13 @@ def read_site_config(path: Path) -> SiteConfig:
         with path.open("rb") as file:
             mapping = tomllib.load(file)
     except OSError as error:
-        raise ConfigError(f"The site's configuration cannot be read ({error.strerror}).", detail=str(path)) from error
+        raise ConfigError(
+            f"The site's configuration cannot be read ({error.strerror}).", detail=str(path)
+        ) from error
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"The site's configuration is not valid TOML: {error}.", detail=str(path)) from error
+        raise ConfigError(
+            f"The site's configuration is not valid TOML: {error}.", detail=str(path)
+        ) from error
     return checked(SiteConfig, mapping)
 
 

@@ -53,7 +53,9 @@ class Service(WorkerServicer):
         self._working = threading.Lock()
         self.stopping = threading.Event()
 
-    def Handle(self, request_iterator: Iterable[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.Frame]:  # noqa: N802
+    def Handle(
+        self, request_iterator: Iterable[pb.Frame], context: grpc.ServicerContext
+    ) -> Iterator[pb.Frame]:
         """Do one message's work."""
         alias = dict(context.invocation_metadata()).get("wardround-site", "")
         gone = threading.Event()
@@ -80,7 +82,13 @@ class Service(WorkerServicer):
             name = site.alias if site else "worker"
             detail = f" [{error.detail}]" if isinstance(error, WardroundError) and error.detail else ""
             expected = isinstance(error, WardroundError)
-            log.error("%s: %s%s", name, error if expected else "unexpected failure", detail, exc_info=None if expected else error)
+            log.error(
+                "%s: %s%s",
+                name,
+                error if expected else "unexpected failure",
+                detail,
+                exc_info=None if expected else error,
+            )
             if site:
                 code, message = safe_sentence(error)
                 site.events.emit("warning", code=code, message=message)
@@ -107,7 +115,12 @@ class Service(WorkerServicer):
 def failure(error: BaseException, site: str) -> Parts:
     """Return the parts of an answer that says why there is none."""
     code, message = safe_sentence(error)
-    header = pb.Header(schema=WIRE_SCHEMA, software=common.__version__, site=site, failure=pb.Failure(code=code, message=message))
+    header = pb.Header(
+        schema=WIRE_SCHEMA,
+        software=common.__version__,
+        site=site,
+        failure=pb.Failure(code=code, message=message),
+    )
     return {"head": header.SerializeToString(deterministic=True)}
 
 
@@ -118,7 +131,10 @@ def claim_socket(path: Path) -> None:
         ConfigError: Another worker answers there, or the path is too long for a Unix socket.
     """
     if len(os.fsencode(path)) > 100:
-        raise ConfigError("The worker's socket path is too long for a Unix socket (100 bytes). Choose a shorter one.", detail=str(path))
+        raise ConfigError(
+            "The worker's socket path is too long for a Unix socket (100 bytes). Choose a shorter one.",
+            detail=str(path),
+        )
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     if path.exists():
         with socket.socket(socket.AF_UNIX) as probe:
@@ -127,7 +143,9 @@ def claim_socket(path: Path) -> None:
             except OSError:
                 path.unlink()
                 return
-        raise ConfigError("Another worker already answers on this site's socket. Stop it first.", detail=str(path))
+        raise ConfigError(
+            "Another worker already answers on this site's socket. Stop it first.", detail=str(path)
+        )
 
 
 def make_server(service: Service, path: Path) -> tuple[grpc.Server, health.HealthServicer]:
@@ -141,7 +159,9 @@ def make_server(service: Service, path: Path) -> tuple[grpc.Server, health.Healt
     before = os.umask(0o177)
     try:
         if not server.add_insecure_port(f"unix:{path}"):
-            raise ConfigError("The worker's socket cannot be opened. Check the folder's permissions.", detail=str(path))
+            raise ConfigError(
+                "The worker's socket cannot be opened. Check the folder's permissions.", detail=str(path)
+            )
         server.start()
     finally:
         os.umask(before)
@@ -155,12 +175,17 @@ def build_sites(configs: list[SiteConfig]) -> dict[str, Site]:
     Raises:
         ConfigError: Two sites with one alias, or with different sockets.
     """
-    if len({config.alias for config in configs}) != len(configs) or len({config.socket for config in configs}) != 1:
+    if (
+        len({config.alias for config in configs}) != len(configs)
+        or len({config.socket for config in configs}) != 1
+    ):
         raise ConfigError("Sites of one worker need different aliases and the same socket.")
     sites = {}
     for config in configs:
         config.home.mkdir(parents=True, exist_ok=True)
-        events = EventLog(config.events or config.home / f"events-{config.alias}.jsonl", "worker", site=config.alias)
+        events = EventLog(
+            config.events or config.home / f"events-{config.alias}.jsonl", "worker", site=config.alias
+        )
         sites[config.alias] = Site(config, events)
     return sites
 

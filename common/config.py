@@ -35,19 +35,36 @@ class DataConfig(Strict):
 
     task: TaskName = "segmentation"
     spatial_dims: Literal[0, 2, 3] = Field(3, description="3 volumes, 2 pictures, 0 tables")
-    channels: tuple[str, ...] = Field(("T1",), description="input channels (modalities), or the table's features")
-    labels: tuple[str, ...] = Field(("background", "foreground"), description="class names; index = label value")
-    spacing: tuple[float, ...] | None = Field(None, description="target voxel spacing in mm; none keeps each site's own")
-    orientation: str | None = Field(None, description="axis codes that volumes are brought to, e.g. RAS; none keeps")
-    patch: tuple[Size, ...] = Field((32, 32, 32), description="training patch (also sliding window) in voxels")
+    channels: tuple[str, ...] = Field(
+        ("T1",), description="input channels (modalities), or the table's features"
+    )
+    labels: tuple[str, ...] = Field(
+        ("background", "foreground"), description="class names; index = label value"
+    )
+    spacing: tuple[float, ...] | None = Field(
+        None, description="target voxel spacing in mm; none keeps each site's own"
+    )
+    orientation: str | None = Field(
+        None, description="axis codes that volumes are brought to, e.g. RAS; none keeps"
+    )
+    patch: tuple[Size, ...] = Field(
+        (32, 32, 32), description="training patch (also sliding window) in voxels"
+    )
     patches_per_case: int = Field(2, ge=1, description="patches drawn from a case per visit")
-    foreground_ratio: float = Field(0.5, ge=0, le=1, description="share of patches centred on a labelled voxel")
+    foreground_ratio: float = Field(
+        0.5, ge=0, le=1, description="share of patches centred on a labelled voxel"
+    )
     normalise: Literal["case", "case-nonzero", "range", "none"] = Field(
-        "case", description="z-score per case and channel, over all or non-zero voxels; 0-255 to 0-1; or as is"
+        "case",
+        description="z-score per case and channel, over all or non-zero voxels; 0-255 to 0-1; or as is",
     )
     augment: bool = Field(True, description="random flips and small intensity changes")
-    missing: Literal["median", "zero"] = Field("median", description="tables: missing values, filled with the site's own")
-    spacing_tolerance: float = Field(0.0, ge=0, description="refuse a case whose spacing is off by more than this ratio; 0 off")
+    missing: Literal["median", "zero"] = Field(
+        "median", description="tables: missing values, filled with the site's own"
+    )
+    spacing_tolerance: float = Field(
+        0.0, ge=0, description="refuse a case whose spacing is off by more than this ratio; 0 off"
+    )
 
     @model_validator(mode="after")
     def _dimensions(self) -> Self:
@@ -83,7 +100,9 @@ class TrainConfig(Strict):
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd")
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(0.0, ge=0, description="gradient norm bound; 0 off")
-    optimizer_state: Literal["fresh", "kept"] = Field("fresh", description="restart the optimiser every round, or keep it")
+    optimizer_state: Literal["fresh", "kept"] = Field(
+        "fresh", description="restart the optimiser every round, or keep it"
+    )
     class_weights: tuple[float, ...] | None = None
 
 
@@ -93,10 +112,16 @@ class RoundConfig(Strict):
     rounds: int = Field(3, ge=1)
     quorum: float = Field(1.0, gt=0, le=1, description="share of the sites a round needs")
     deadline: float = Field(3600.0, gt=0, description="seconds a round waits for its sites")
-    ready_timeout: float = Field(300.0, gt=0, description="seconds the run waits for every site's first answer")
-    sample: float = Field(1.0, gt=0, le=1, description="share of the sites asked in a round, drawn with the run's seed")
+    ready_timeout: float = Field(
+        300.0, gt=0, description="seconds the run waits for every site's first answer"
+    )
+    sample: float = Field(
+        1.0, gt=0, le=1, description="share of the sites asked in a round, drawn with the run's seed"
+    )
     poll: float = Field(0.05, gt=0, description="seconds between looks for replies")
-    hd95: Literal["never", "end", "always"] = Field("end", description="when the slow surface distance is computed")
+    hd95: Literal["never", "end", "always"] = Field(
+        "end", description="when the slow surface distance is computed"
+    )
 
 
 class RunConfig(Strict):
@@ -135,7 +160,9 @@ class RunConfig(Strict):
         try:
             mapping = json.loads(text) if text.strip() else {}
         except json.JSONDecodeError as error:
-            raise ConfigError(f"The run configuration is not JSON (line {error.lineno}). Write it with `wardround trial`.") from error
+            raise ConfigError(
+                f"The run configuration is not JSON (line {error.lineno}). Write it with `wardround trial`."
+            ) from error
         if not isinstance(mapping, dict):
             raise ConfigError(f"The run configuration must be a JSON object, got {type(mapping).__name__}.")
         return cls.from_mapping(mapping)
@@ -163,7 +190,9 @@ class RunConfig(Strict):
             if found is None:
                 raise ConfigError(f"Unknown setting '{key}'. {nearest(key, homes)}")
             if len(found) > 1:
-                raise ConfigError(f"Setting '{key}' exists in several sections: write one of {', '.join(sorted(found))}.")
+                raise ConfigError(
+                    f"Setting '{key}' exists in several sections: write one of {', '.join(sorted(found))}."
+                )
             *sections, leaf = found[0].split(".")
             target = document
             for section in sections:
@@ -219,10 +248,14 @@ def checked(model: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
         place = f"{where}{path}" if where or path else model.__name__
         if first["type"] == "extra_forbidden":
             owner = _owner(model, first["loc"][:-1])
-            raise ConfigError(f"Unknown key '{place}'. {nearest(str(first['loc'][-1]), owner.model_fields)}") from error
+            raise ConfigError(
+                f"Unknown key '{place}'. {nearest(str(first['loc'][-1]), owner.model_fields)}"
+            ) from error
         got = first.get("input")
         shown = f", got {got!r}" if isinstance(got, str | int | float | bool | list | tuple) else ""
-        raise ConfigError(f"Bad value for '{place}': {first['msg']}{shown}. Correct it and start again.") from error
+        raise ConfigError(
+            f"Bad value for '{place}': {first['msg']}{shown}. Correct it and start again."
+        ) from error
 
 
 def _snake(value: Any) -> Any:
@@ -238,7 +271,9 @@ def _owner(model: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel]:
             break
         kind = field.annotation
         if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-            kind = next((k for k in typing.get_args(kind) if isinstance(k, type) and issubclass(k, BaseModel)), None)
+            kind = next(
+                (k for k in typing.get_args(kind) if isinstance(k, type) and issubclass(k, BaseModel)), None
+            )
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             model = kind
     return model

@@ -131,7 +131,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
         known: The names that exist.
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name.lower().replace("_", "-"), [n.lower().replace("_", "-") for n in names], n=1, cutoff=0.5)
+    close = difflib.get_close_matches(
+        name.lower().replace("_", "-"), [n.lower().replace("_", "-") for n in names], n=1, cutoff=0.5
+    )
     hint = ""
     if close:
         original = next(n for n in names if n.lower().replace("_", "-") == close[0])

@@ -102,8 +102,8 @@ def read_federation_file(path: Path) -> Federation:
         document = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DataError(
-            "federation.json cannot be read; expected a JSON object in UTF-8. Correct it, or remove it to derive "
-            "the settings from the first site.",
+            "federation.json cannot be read; expected a JSON object in UTF-8. Correct it, or remove it to "
+            "derive the settings from the first site.",
             detail=f"{path}: {error}",
         ) from error
     if not isinstance(document, dict):

@@ -22,7 +22,9 @@ QUERY, TRAIN, EVALUATE = MessageType.QUERY, MessageType.TRAIN, MessageType.EVALU
 
 def to_record(parts: Mapping[str, bytes], relay: Mapping[str, float] | None = None) -> RecordDict:
     """Wrap parts into a Flower record."""
-    arrays = {name: Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data) for name, data in parts.items()}
+    arrays = {
+        name: Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data) for name, data in parts.items()
+    }
     content = RecordDict({RECORD: ArrayRecord(arrays)})
     if relay:
         content[RELAY] = MetricRecord({name: float(value) for name, value in relay.items()})
@@ -37,14 +39,20 @@ def from_record(content: RecordDict) -> Parts:
     """
     record = content.array_records.get(RECORD)
     if record is None:
-        raise PayloadError("A message without wardround's record arrived; does the other end run another app?")
+        raise PayloadError(
+            "A message without wardround's record arrived; does the other end run another app?"
+        )
     return {name: array.data for name, array in record.items()}
 
 
 def relay_figures(content: RecordDict) -> dict[str, float]:
     """Return what the relay said of itself (CPU seconds, MB), empty if nothing."""
     record = content.metric_records.get(RELAY)
-    return {name: float(value) for name, value in record.items() if isinstance(value, int | float)} if record else {}
+    return (
+        {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
+        if record
+        else {}
+    )
 
 
 def make_message(parts: Mapping[str, bytes], *, node: int, kind: str, group: str, ttl: float) -> Message:

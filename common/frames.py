@@ -37,7 +37,9 @@ def from_frames(frames: Iterable[Frame], *, limit: int = 4 << 30) -> Parts:
     def close() -> None:
         if name:
             if len(buffer) != expected:
-                raise PayloadError(f"Part '{name}' has {len(buffer)} bytes, {expected} were announced: the stream broke off.")
+                raise PayloadError(
+                    f"Part '{name}' has {len(buffer)} bytes, {expected} were announced: the stream broke off."
+                )
             parts[name] = bytes(buffer)
 
     for frame in frames:

@@ -153,7 +153,9 @@ class ServerHalf:
             PayloadError: No site contributed a single case.
         """
         if not acc.sites or acc.cases <= 0:
-            raise PayloadError(f"Round {ctx.round}: no site contributed a training case; the model stays as it was.")
+            raise PayloadError(
+                f"Round {ctx.round}: no site contributed a training case; the model stays as it was."
+            )
         reduced: dict[str, Tensors] = {}
         for spec in self.uplink:
             if spec.name in acc.sums:

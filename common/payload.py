@@ -91,7 +91,9 @@ class State:
     def part(self, space: str) -> Tensors:
         """Return the tensors of one namespace, without its prefix."""
         prefix = space + "/"
-        return {name[len(prefix) :]: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+        return {
+            name[len(prefix) :]: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)
+        }
 
     def having(self, space: str, tensors: Mapping[str, Tensor]) -> State:
         """Return a copy in which one namespace holds exactly these tensors."""
@@ -116,15 +118,21 @@ def check_payloads(payloads: Payloads, specs: Iterable[PayloadSpec], template: T
     promised = {spec.name: spec for spec in specs}
     for name in payloads:
         if name not in promised:
-            raise PayloadError(f"{who}: unexpected payload '{name}'; expected {sorted(promised) or 'none'}.", site=who)
+            raise PayloadError(
+                f"{who}: unexpected payload '{name}'; expected {sorted(promised) or 'none'}.", site=who
+            )
     for spec in promised.values():
         payload = payloads.get(spec.name)
         if payload is None:
             if spec.optional:
                 continue
-            raise PayloadError(f"{who}: payload '{spec.name}' is missing; got {sorted(payloads) or 'none'}.", site=who)
+            raise PayloadError(
+                f"{who}: payload '{spec.name}' is missing; got {sorted(payloads) or 'none'}.", site=who
+            )
         if payload.kind != spec.kind:
-            raise PayloadError(f"{who}: payload '{spec.name}' is of kind '{payload.kind}', expected '{spec.kind}'.", site=who)
+            raise PayloadError(
+                f"{who}: payload '{spec.name}' is of kind '{payload.kind}', expected '{spec.kind}'.", site=who
+            )
         if spec.like_model:
             check_like(payload.tensors, template, who=who, what=spec.name)
         check_finite(payload.tensors, who=who, what=spec.name)
@@ -139,15 +147,21 @@ def check_like(tensors: Mapping[str, Tensor], template: Template, *, who: str, w
     if tensors.keys() != template.keys():
         missing = sorted(template.keys() - tensors.keys())
         extra = sorted(tensors.keys() - template.keys())
-        raise PayloadError(f"{who}: '{what}' has other tensors than the model: missing {missing[:3]}, unexpected {extra[:3]}.", site=who)
+        raise PayloadError(
+            f"{who}: '{what}' has other tensors than the model: missing {missing[:3]}, unexpected {extra[:3]}.",
+            site=who,
+        )
     for name, expected in template.items():
         got = tensors[name]
         if got.shape != expected.shape:
             raise PayloadError(
-                f"{who}: '{what}' tensor '{name}' has shape {tuple(got.shape)}, expected {tuple(expected.shape)}.", site=who
+                f"{who}: '{what}' tensor '{name}' has shape {tuple(got.shape)}, expected {tuple(expected.shape)}.",
+                site=who,
             )
         if got.dtype != expected.dtype:
-            raise PayloadError(f"{who}: '{what}' tensor '{name}' is {got.dtype}, expected {expected.dtype}.", site=who)
+            raise PayloadError(
+                f"{who}: '{what}' tensor '{name}' is {got.dtype}, expected {expected.dtype}.", site=who
+            )
 
 
 def check_finite(tensors: Mapping[str, Tensor], *, who: str, what: str) -> None:
@@ -160,4 +174,6 @@ def check_finite(tensors: Mapping[str, Tensor], *, who: str, what: str) -> None:
         if tensor.is_floating_point():
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
-                raise PayloadError(f"{who}: '{what}' tensor '{name}' has {bad} values that are not finite.", site=who)
+                raise PayloadError(
+                    f"{who}: '{what}' tensor '{name}' has {bad} values that are not finite.", site=who
+                )

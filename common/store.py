@@ -58,7 +58,10 @@ def write_state(folder: Path, state: State) -> int:
     manifest = {
         "schema": STORE_SCHEMA,
         "software": common.__version__,
-        "files": {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()},
+        "files": {
+            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for name, data in files.items()
+        },
     }
     files["manifest.json"] = json.dumps(manifest, sort_keys=True, indent=1).encode()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -91,11 +94,19 @@ def read_state(folder: Path) -> State:
         manifest = json.loads((folder / "manifest.json").read_text())
         files = {name: (folder / name).read_bytes() for name in ("state.safetensors", "state.json")}
     except (OSError, json.JSONDecodeError) as error:
-        raise PayloadError("A saved state is missing or incomplete; it cannot be continued from.", detail=str(folder)) from error
+        raise PayloadError(
+            "A saved state is missing or incomplete; it cannot be continued from.", detail=str(folder)
+        ) from error
     if manifest.get("schema") != STORE_SCHEMA:
-        raise PayloadError(f"A saved state has schema {manifest.get('schema')}, this software reads {STORE_SCHEMA}.", detail=str(folder))
+        raise PayloadError(
+            f"A saved state has schema {manifest.get('schema')}, this software reads {STORE_SCHEMA}.",
+            detail=str(folder),
+        )
     for name, data in files.items():
         if hashlib.sha256(data).hexdigest() != manifest.get("files", {}).get(name, {}).get("sha256"):
-            raise PayloadError(f"A saved state does not match its checksum ({name}); it was altered or cut.", detail=str(folder))
+            raise PayloadError(
+                f"A saved state does not match its checksum ({name}); it was altered or cut.",
+                detail=str(folder),
+            )
     tensors: dict[str, Tensor] = load(files["state.safetensors"])
     return State(tensors, json.loads(files["state.json"]))

@@ -152,7 +152,9 @@ def encode_payload(payload: Payload) -> tuple[pb.PayloadHead, bytes]:
             raise PayloadError(f"Payload '{payload.name}' tensor '{name}' is {dtype}, which cannot travel.")
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)
         data = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
-        head.tensors.append(pb.TensorHead(name=name, dtype=dtype, shape=list(tensor.shape), offset=offset, nbytes=data.nbytes))
+        head.tensors.append(
+            pb.TensorHead(name=name, dtype=dtype, shape=list(tensor.shape), offset=offset, nbytes=data.nbytes)
+        )
         chunks.append(data)
         offset += data.nbytes
     blob = b"".join(chunks)
@@ -175,7 +177,9 @@ def decode_payload(head: pb.PayloadHead, blob: bytes | None) -> Payload:
     if len(blob) != head.nbytes:
         raise PayloadError(f"Payload '{name}' has {len(blob)} bytes, its header says {head.nbytes}.")
     if hashlib.sha256(blob).digest() != head.sha256:
-        raise PayloadError(f"Payload '{name}' does not have the checksum of its header: it was altered on the way.")
+        raise PayloadError(
+            f"Payload '{name}' does not have the checksum of its header: it was altered on the way."
+        )
     if head.codec != "raw":
         raise PayloadError(f"Payload '{name}' has the unknown codec '{head.codec}'; known: raw.")
     try:
@@ -200,10 +204,14 @@ def _tensor(item: pb.TensorHead, blob: bytes, offset: int, payload: str) -> torc
     for size in item.shape:
         count *= size
     if item.offset != offset or item.nbytes != count * dtype.itemsize or offset + item.nbytes > len(blob):
-        raise PayloadError(f"Payload '{payload}' tensor '{item.name}': shape {tuple(item.shape)} does not fit {item.nbytes} bytes.")
+        raise PayloadError(
+            f"Payload '{payload}' tensor '{item.name}': shape {tuple(item.shape)} does not fit {item.nbytes} bytes."
+        )
     if count == 0:
         return torch.empty(tuple(item.shape), dtype=dtype)
-    data = bytearray(memoryview(blob)[offset : offset + item.nbytes])  # a copy of its own: aligned and writable
+    data = bytearray(
+        memoryview(blob)[offset : offset + item.nbytes]
+    )  # a copy of its own: aligned and writable
     if dtype is torch.bool and any(value > 1 for value in data):
         raise PayloadError(f"Payload '{payload}' tensor '{item.name}' has bytes that are no booleans.")
     return torch.frombuffer(data, dtype=dtype).reshape(tuple(item.shape))
@@ -238,7 +246,9 @@ def _text(parts: Parts, name: str) -> str:
 def _metrics_to_proto(sets: list[MetricSet]) -> pb.Metrics:
     message = pb.Metrics()
     for item in sets:
-        entry = message.sets.add(round=item.round, split=item.split, model=item.model, cases=item.cases, primary=item.primary)
+        entry = message.sets.add(
+            round=item.round, split=item.split, model=item.model, cases=item.cases, primary=item.primary
+        )
         for name, (numerator, denominator) in item.sums.items():
             entry.sums[name].numerator = numerator
             entry.sums[name].denominator = denominator

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import common
 from common.errors import ConfigError, WardroundError
 from ops.options import DEFAULT, Options
 
@@ -27,15 +26,37 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-METHOD = Annotated[str, typer.Option("--method", "-m", help="Registered method; `wardround methods` lists them.")]
-DATA = Annotated[str, typer.Option("--data", "-d", help="Data root (one folder per site), or 'default': simulated hospitals on the MNI152 brain.")]
-TASK = Annotated[str | None, typer.Option("--task", help="segmentation, classification or tabular; only checked, the data says it.")]
+METHOD = Annotated[
+    str, typer.Option("--method", "-m", help="Registered method; `wardround methods` lists them.")
+]
+DATA = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        "-d",
+        help="Data root (one folder per site), or 'default': simulated hospitals on the MNI152 brain.",
+    ),
+]
+TASK = Annotated[
+    str | None,
+    typer.Option("--task", help="segmentation, classification or tabular; only checked, the data says it."),
+]
 SITES = Annotated[str | None, typer.Option("--sites", "-s", help="How many sites, or which (alias,alias).")]
-ROUNDS = Annotated[int | None, typer.Option("--rounds", "-r", min=1, help="Rounds; the data's own preset if left out.")]
+ROUNDS = Annotated[
+    int | None, typer.Option("--rounds", "-r", min=1, help="Rounds; the data's own preset if left out.")
+]
 EPOCHS = Annotated[int | None, typer.Option("--local-epochs", "-e", min=1, help="Local epochs per round.")]
 SEED = Annotated[int, typer.Option("--seed", min=0, help="Every random choice derives from it.")]
-OUT = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder (new or empty); runs/TIME-METHOD if left out.")]
-SETTINGS = Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable: --set lr=0.003 --set mu=0.1 --set quorum=0.67. `wardround settings` lists the keys.")]
+OUT = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Run folder (new or empty); runs/TIME-METHOD if left out.")
+]
+SETTINGS = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="key=value, repeatable: --set lr=0.003 --set mu=0.1 --set quorum=0.67. `wardround settings` lists the keys.",
+    ),
+]
 DEVICE = Annotated[str, typer.Option("--device", help="Where workers compute: auto, cpu, cuda, cuda:N.")]
 
 
@@ -58,9 +79,17 @@ def trial(
     seed: SEED = 0,
     out: OUT = None,
     settings: SETTINGS = None,
-    runtime: Annotated[str, typer.Option("--runtime", help="fast (pre-forked relays, short polls) or stock (Flower's own parts).")] = "fast",
+    runtime: Annotated[
+        str,
+        typer.Option(
+            "--runtime", help="fast (pre-forked relays, short polls) or stock (Flower's own parts)."
+        ),
+    ] = "fast",
     device: DEVICE = "auto",
-    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads per worker; 0 shares the cores among the sites.")] = 0,
+    threads: Annotated[
+        int,
+        typer.Option("--threads", min=0, help="CPU threads per worker; 0 shares the cores among the sites."),
+    ] = 0,
 ) -> None:
     """Run a federation of hospital processes on this machine: TLS, authenticated sites, one command.
 
@@ -93,7 +122,9 @@ def simulate(
     out: OUT = None,
     settings: SETTINGS = None,
     device: DEVICE = "auto",
-    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads of the worker; 0 takes torch's choice.")] = 0,
+    threads: Annotated[
+        int, typer.Option("--threads", min=0, help="CPU threads of the worker; 0 takes torch's choice.")
+    ] = 0,
 ) -> None:
     """Run the same apps in Flower's simulation runtime: many sites, one machine, no TLS.
 
@@ -110,9 +141,14 @@ def methods() -> None:
     """List the methods with their parameters, ranges and defaults."""
     from common.methods import METHODS
 
-    table = Table("Method", "What it does", "Parameters (--set name=value)", title="Registered methods", show_lines=True)
+    table = Table(
+        "Method", "What it does", "Parameters (--set name=value)", title="Registered methods", show_lines=True
+    )
     for method in METHODS.values():
-        rows = [f"[bold]{name}[/bold] = {field.get_default()}  {field.description}" for name, field in method.params.model_fields.items()]
+        rows = [
+            f"[bold]{name}[/bold] = {field.get_default()}  {field.description}"
+            for name, field in method.params.model_fields.items()
+        ]
         table.add_row(method.name, method.title, "\n".join(rows) or "-")
     console.print(table)
 
@@ -162,7 +198,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         app(args=argv, standalone_mode=True)
     except WardroundError as error:
-        errors.print(f"[bold red]error[/bold red] ({error.code}): {escape(error.message)}", highlight=False, soft_wrap=True)
+        errors.print(
+            f"[bold red]error[/bold red] ({error.code}): {escape(error.message)}",
+            highlight=False,
+            soft_wrap=True,
+        )
         if error.detail:
             errors.print(error.detail, highlight=False, soft_wrap=True, style="dim", markup=False)
         sys.exit(error.exit_code)

@@ -1,4 +1,4 @@
-"""The coordinator's control over its SuperLink, by Flower's Control API: register sites, start, watch and stop runs.
+"""The coordinator's control over its SuperLink by Flower's Control API: register sites, start and watch runs.
 
 The `flwr` command does the same calls but takes seconds for each, reads a connection from a configuration
 file and prints for people. Everything of Flower's that this needs is imported here and nowhere else in
@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 
 import grpc
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from flwr.common.constant import NodeStatus, Status, SubStatus
+from flwr.common.constant import Status, SubStatus
 from flwr.common.serde import fab_to_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
@@ -26,6 +26,7 @@ from flwr.proto.control_pb2 import (
     StopRunRequest,
 )
 from flwr.proto.control_pb2_grpc import ControlStub
+from flwr.supercore.constant import NodeStatus
 from flwr.supercore.fab import Fab
 from flwr.supercore.grpc import create_channel
 from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
@@ -264,8 +265,8 @@ def _translated(task: str) -> Iterator[None]:
         text = str(error.details() if isinstance(error, grpc.Call) else error)
         if code == grpc.StatusCode.UNAVAILABLE and "handshake" in text.lower():
             raise CredentialError(
-                f"Cannot {task}: the SuperLink's certificate was not signed by the given authority, or is for "
-                "another name.",
+                f"Cannot {task}: the SuperLink's certificate was not signed by the given authority, or "
+                "is for another name.",
                 detail=text,
             ) from error
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):

@@ -97,7 +97,9 @@ def make_plan(options: Options, root: Path, out: Path, *, runtime: str) -> Plan:
     params = method.parse(config.params)
     config = config.model_copy(update={"params": params.model_dump(mode="json")})
     if options.task is not None and options.task != config.data.task:
-        raise ConfigError(f"The data is for task '{config.data.task}', '--task {options.task}' was asked. Leave --task out, or give other data.")
+        raise ConfigError(
+            f"The data is for task '{config.data.task}', '--task {options.task}' was asked. Leave --task out, or give other data."
+        )
     return Plan(config, method, federation, sites, out, runtime)
 
 
@@ -173,7 +175,10 @@ def new_run_folder(options: Options) -> Path:
     """
     out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.method}"
     if out.exists() and any(out.iterdir()):
-        raise ConfigError("The run folder is not empty; a run never overwrites another. Choose another --out.", detail=str(out))
+        raise ConfigError(
+            "The run folder is not empty; a run never overwrites another. Choose another --out.",
+            detail=str(out),
+        )
     out.mkdir(parents=True, exist_ok=True)
     return out.resolve()
 

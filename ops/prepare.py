@@ -8,11 +8,11 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from client.data.mni import write_mni_trial
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from client.data.check import check_site
-from client.data.mni import write_mni_trial
 from client.site_config import Compute, SiteConfig, write_site_config
 from common.errors import DataError, MismatchError
 from common.events import EventLog
@@ -27,7 +27,9 @@ def progress_bar(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
-def prepare(options: Options, out: Path, *, runtime: str, command: str, events: EventLog, console: Console) -> Plan:
+def prepare(
+    options: Options, out: Path, *, runtime: str, command: str, events: EventLog, console: Console
+) -> Plan:
     """Write the default data if it is missing, make the plan, check every site's data.
 
     Raises:
@@ -37,10 +39,18 @@ def prepare(options: Options, out: Path, *, runtime: str, command: str, events: 
     root = data_root(options)
     if options.data == DEFAULT and not has_default(root):
         count = int(options.sites) if options.sites and options.sites.isdigit() else DEFAULT_SITES
-        console.print(f"Writing the default data once: {count} simulated hospitals on the MNI152 brain (real anatomy, simulated scanners).")
+        console.print(
+            f"Writing the default data once: {count} simulated hospitals on the MNI152 brain (real anatomy, simulated scanners)."
+        )
         with progress_bar(console) as bar:
             task = bar.add_task("subjects", total=count * DEFAULT_SUBJECTS)
-            write_mni_trial(root, sites=count, subjects=DEFAULT_SUBJECTS, seed=options.seed, progress=lambda *_: bar.advance(task))
+            write_mni_trial(
+                root,
+                sites=count,
+                subjects=DEFAULT_SUBJECTS,
+                seed=options.seed,
+                progress=lambda *_: bar.advance(task),
+            )
     plan = make_plan(options, root, out, runtime=runtime)
     plan.command = command
     plan.write()
@@ -90,7 +100,9 @@ def write_sites(plan: Plan, sockets: Mapping[str, Path], *, device: str, threads
         try:
             home.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"{alias}: its folder in the run folder cannot be made ({error.strerror}).", detail=str(home)) from error
+            raise DataError(
+                f"{alias}: its folder in the run folder cannot be made ({error.strerror}).", detail=str(home)
+            ) from error
         config = SiteConfig(
             alias=alias, data=data.resolve(), socket=sockets[alias], home=home, models=plan.out / "models",
             events=plan.out / f"events-{alias}.jsonl", compute=Compute(device=device, threads=threads),

@@ -9,27 +9,24 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 
-from ops.plan import Plan
 
-
-def run_simulation_of(plan: Plan, socket: Path, *, cpus_per_relay: float = 0.5) -> None:
-    """Run a plan in Flower's simulation runtime, in this process, until its ServerApp ends.
+def simulate_run(out: Path, socket: Path, sites: int, *, cpus_per_relay: float = 0.5) -> None:
+    """Run the apps in Flower's simulation runtime, in this process, until the ServerApp ends.
 
     Args:
-        plan: The plan; its config.json is written already.
-        socket: Socket of the worker that serves all its sites, in the plan's order of sites.
+        out: Run folder with its config.json.
+        socket: Socket of the worker that serves all sites, in the configuration's order of sites.
+        sites: How many sites.
         cpus_per_relay: What Ray reserves for one relay; bounds how many run at a time.
-
-    Raises:
-        WardroundError: The run failed; its sentence says why.
     """
     os.environ.update(
         {
             "WARDROUND_WORKER": str(socket),
-            "WARDROUND_RUN_DIR": str(plan.out),
-            "WARDROUND_RUN_ID": plan.out.name,
+            "WARDROUND_RUN_DIR": str(out),
+            "WARDROUND_RUN_ID": out.name,
             "WARDROUND_RUNTIME": "stock",
             "RAY_USAGE_STATS_ENABLED": "0",
             "FLWR_TELEMETRY_ENABLED": "0",
@@ -44,9 +41,20 @@ def run_simulation_of(plan: Plan, socket: Path, *, cpus_per_relay: float = 0.5) 
     run_simulation(
         server_app,
         client_app,
-        num_supernodes=len(plan.sites),
+        num_supernodes=sites,
         backend_config={
             "client_resources": {"num_cpus": cpus_per_relay, "num_gpus": 0.0},
             "init_args": {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR},
         },
     )
+
+
+def main(argv: list[str]) -> int:
+    """Run a simulation in a process of its own: `python -m ops.simulate RUN_FOLDER SOCKET SITES`."""
+    out, socket, count = Path(argv[0]), Path(argv[1]), int(argv[2])
+    simulate_run(out, socket, count)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

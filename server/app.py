@@ -71,7 +71,14 @@ def main(grid: Grid, context: Context) -> None:
         strategy.prepare(FlowerLink(grid)).execute()
     except BaseException as error:
         code, message = safe_sentence(error)
-        events.emit("run.end", verdict="failed", seconds=time.monotonic() - started, rounds=_done(strategy), code=code, message=message)
+        events.emit(
+            "run.end",
+            verdict="failed",
+            seconds=time.monotonic() - started,
+            rounds=_done(strategy),
+            code=code,
+            message=message,
+        )
         if isinstance(error, WardroundError):
             log.error("%s %s", error, error.detail)
         raise

@@ -26,7 +26,9 @@ class OrderedFold:
         folder: Where early replies wait.
     """
 
-    def __init__(self, order: Sequence[str], fold: Callable[[str, Parts], None], folder: Path | None = None) -> None:
+    def __init__(
+        self, order: Sequence[str], fold: Callable[[str, Parts], None], folder: Path | None = None
+    ) -> None:
         self._order = list(order)
         self._fold = fold
         self._folder = folder

@@ -131,9 +131,13 @@ class RoundLoop:
         log, _ = self._cycle(number, CLOSING, list(self.roster.nodes), None)
         self._tell_end(number, log, closing=True)
         if len(log.cases) < max(needed_sites(self.config, len(self.roster.nodes)), 1):
-            raise QuorumError("The closing evaluation: " + " ".join(sentence for _, sentence in log.missing.values()))
+            raise QuorumError(
+                "The closing evaluation: " + " ".join(sentence for _, sentence in log.missing.values())
+            )
 
-    def _cycle(self, number: int, phase: int, sites: list[str], acc: Accumulator | None) -> tuple[RoundLog, Accumulator]:
+    def _cycle(
+        self, number: int, phase: int, sites: list[str], acc: Accumulator | None
+    ) -> tuple[RoundLog, Accumulator]:
         started = time.monotonic()
         log = RoundLog()
         self.history.append(log)
@@ -174,13 +178,32 @@ class RoundLoop:
             context = self._context(number, site)
             payloads = {payload.name: payload for payload in self.server.send(self.state, site, context)}
             parts = encode(
-                Envelope(self.run, number, phase, site, rounds=self.config.rounds.rounds, payloads=payloads, config=text)
+                Envelope(
+                    self.run,
+                    number,
+                    phase,
+                    site,
+                    rounds=self.config.rounds.rounds,
+                    payloads=payloads,
+                    config=text,
+                )
             )
             ticket = self.link.ask(
-                self.roster.nodes[site], parts, phase=phase, round=number, ttl=max(deadline - time.monotonic(), 1.0)
+                self.roster.nodes[site],
+                parts,
+                phase=phase,
+                round=number,
+                ttl=max(deadline - time.monotonic(), 1.0),
             )
             if not ticket:
-                self._miss(number, site, "transport", f"{site}: the message could not be handed to Flower.", log, order)
+                self._miss(
+                    number,
+                    site,
+                    "transport",
+                    f"{site}: the message could not be handed to Flower.",
+                    log,
+                    order,
+                )
                 continue
             waiting[ticket] = site
             self.events.emit("site.asked", site=site, round=number)
@@ -188,7 +211,14 @@ class RoundLoop:
         return waiting
 
     def _take(
-        self, number: int, phase: int, site: str, answer: Answer, seconds: float, log: RoundLog, order: OrderedFold
+        self,
+        number: int,
+        phase: int,
+        site: str,
+        answer: Answer,
+        seconds: float,
+        log: RoundLog,
+        order: OrderedFold,
     ) -> None:
         try:
             if answer.parts is None:
@@ -230,14 +260,18 @@ class RoundLoop:
                 raise PayloadError(f"{site}: contributed no training case.", site=site)
             check_payloads(envelope.payloads, self.method.server.uplink, self.template, who=site)
 
-    def _miss(self, number: int, site: str, code: str, sentence: str, log: RoundLog, order: OrderedFold) -> None:
+    def _miss(
+        self, number: int, site: str, code: str, sentence: str, log: RoundLog, order: OrderedFold
+    ) -> None:
         log.missing[site] = (code, sentence)
         self.events.emit("site.failed", site=site, round=number, code=code, message=sentence)
         order.skip(site)
 
     def _count_bytes(self, number: int, site: str, direction: str, parts: Parts) -> None:
         kinds = bytes_by_kind(parts)
-        self.events.emit("bytes", site=site, round=number, direction=direction, kinds=kinds, total=sum(kinds.values()))
+        self.events.emit(
+            "bytes", site=site, round=number, direction=direction, kinds=kinds, total=sum(kinds.values())
+        )
 
     def _tell_end(self, number: int, log: RoundLog, *, closing: bool) -> None:
         slowest = max(log.local.values(), default=0.0)

@@ -13,7 +13,14 @@ from dataclasses import dataclass, field
 
 import common
 from common.config import RunConfig
-from common.errors import CancelledError, MismatchError, PayloadError, QuorumError, WardroundError, safe_sentence
+from common.errors import (
+    CancelledError,
+    MismatchError,
+    PayloadError,
+    QuorumError,
+    WardroundError,
+    safe_sentence,
+)
 from common.events import EventLog
 from common.site_summary import SiteSummary, mismatches
 from common.wire import HELLO, Envelope, decode, encode
@@ -61,7 +68,9 @@ class RosterCall:
         self._tickets: dict[str, int] = {}
         self._last_new = time.monotonic()
         self._trouble: dict[str, str] = {}
-        self._parts = encode(Envelope(run, 0, HELLO, "", rounds=config.rounds.rounds, config=config.to_json()))
+        self._parts = encode(
+            Envelope(run, 0, HELLO, "", rounds=config.rounds.rounds, config=config.to_json())
+        )
 
     def collect(self) -> Roster:
         """Return the roster once it is complete.
@@ -99,7 +108,9 @@ class RosterCall:
                 f"{len(self.roster.nodes)} of {len(expected) or 'any number of'} sites answered, {max(needed, 1)} are needed; "
                 f"silent: {', '.join(silent) or 'all'}. Check that each site's SuperNode and worker run, then start again."
             )
-        order = [alias for alias in self.config.sites if alias in self.roster.nodes] or sorted(self.roster.nodes)
+        order = [alias for alias in self.config.sites if alias in self.roster.nodes] or sorted(
+            self.roster.nodes
+        )
         self.roster.nodes = {alias: self.roster.nodes[alias] for alias in order}
         return self.roster
 
@@ -126,7 +137,10 @@ class RosterCall:
                 self._refuse(alias, node, *envelope.failure)
                 return
             if alias in self.roster.nodes and self.roster.nodes[alias] != node:
-                raise MismatchError(f"{alias}: two nodes say they are this site; give each SuperNode its own alias.", site=alias)
+                raise MismatchError(
+                    f"{alias}: two nodes say they are this site; give each SuperNode its own alias.",
+                    site=alias,
+                )
             summary = self._fit(alias, envelope)
         except WardroundError as error:
             self._refuse(alias, node, *safe_sentence(error))
@@ -144,13 +158,16 @@ class RosterCall:
         if self.config.sites and alias in self.config.sites:
             return alias
         if self.config.sites:
-            raise MismatchError(f"{fallback}: says it is '{alias[:64]}', which is not a site of this run ({', '.join(self.config.sites)}).")
+            raise MismatchError(
+                f"{fallback}: says it is '{alias[:64]}', which is not a site of this run ({', '.join(self.config.sites)})."
+            )
         return alias or fallback
 
     def _fit(self, alias: str, envelope: Envelope) -> SiteSummary:
         if envelope.software != common.__version__:
             raise MismatchError(
-                f"{alias}: runs wardround {envelope.software}, the coordinator {common.__version__}; install the same version.", site=alias
+                f"{alias}: runs wardround {envelope.software}, the coordinator {common.__version__}; install the same version.",
+                site=alias,
             )
         try:
             summary = SiteSummary.model_validate_json(envelope.summary)
@@ -163,7 +180,9 @@ class RosterCall:
         return summary
 
     def _refuse(self, alias: str, node: int, code: str, message: str) -> None:
-        if code in RETRY_CODES or code == CancelledError.code:  # a worker that is still starting gets another chance
+        if (
+            code in RETRY_CODES or code == CancelledError.code
+        ):  # a worker that is still starting gets another chance
             self._asked[node] = time.monotonic() + RETRY_SECONDS
             self._trouble[alias] = message
             self.events.emit("warning", site=alias, code=code, message=message)

@@ -75,7 +75,9 @@ class MethodStrategy(Strategy):
         self.checkpoints = Checkpoints(folder) if folder else None
         network = build_model(config.model, config.data, seed=config.seed)
         self.groups = parameter_groups(network)
-        self.initial: Tensors = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+        self.initial: Tensors = {
+            name: tensor.detach().clone() for name, tensor in network.state_dict().items()
+        }
         self.parameters = sum(value.numel() for value in network.parameters())
         self.loop: RoundLoop | None = None
 
@@ -96,7 +98,15 @@ class MethodStrategy(Strategy):
     def _make_loop(self, link: Link, roster: Roster, initial: Tensors | None = None) -> RoundLoop:
         model = initial or self.initial
         return RoundLoop(
-            link, roster, self.run, self.config, self.method, model, self.groups, self.events, self.checkpoints
+            link,
+            roster,
+            self.run,
+            self.config,
+            self.method,
+            model,
+            self.groups,
+            self.events,
+            self.checkpoints,
         )
 
     def start(
@@ -126,7 +136,11 @@ class MethodStrategy(Strategy):
         if train_config or evaluate_config:
             log.warning("train_config and evaluate_config are not used by wardround; set RunConfig instead")
         rounds = self.config.rounds.model_copy(
-            update={key: value for key, value in (("rounds", num_rounds), ("deadline", timeout)) if value is not None}
+            update={
+                key: value
+                for key, value in (("rounds", num_rounds), ("deadline", timeout))
+                if value is not None
+            }
         )
         self.config = self.config.model_copy(update={"rounds": rounds})
         self.summary()
@@ -166,14 +180,18 @@ class MethodStrategy(Strategy):
         loop = self._loop()
         context = RoundContext(self.run, server_round, self.config.rounds.rounds, self.config.seed)
         acc = loop.server.begin(loop.state, context)
-        envelopes = sorted(self._good(replies), key=lambda envelope: list(loop.roster.nodes).index(envelope.site))
+        envelopes = sorted(
+            self._good(replies), key=lambda envelope: list(loop.roster.nodes).index(envelope.site)
+        )
         for envelope in envelopes:
             acc = loop.server.fold(acc, Reply(envelope.site, envelope.cases, envelope.payloads))
         loop.state = loop.server.finish(loop.state, acc, context)
         loop.done = server_round
         total = sum(envelope.cases for envelope in envelopes)
         model = loop.server.model(loop.state)
-        loss = sum(envelope.loss * envelope.cases for envelope in envelopes) / total if total else float("nan")
+        loss = (
+            sum(envelope.loss * envelope.cases for envelope in envelopes) / total if total else float("nan")
+        )
         return (arrays_of(model) if model else None), MetricRecord({"loss": loss})
 
     def configure_evaluate(
@@ -186,7 +204,9 @@ class MethodStrategy(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the sites' mean figures."""
-        figures = mean_figures({envelope.site: envelope.metrics for envelope in self._good(replies, payloads=False)})
+        figures = mean_figures(
+            {envelope.site: envelope.metrics for envelope in self._good(replies, payloads=False)}
+        )
         return MetricRecord(figures) if figures else None
 
     def _messages(self, number: int, phase: int, kind: str, grid: Grid) -> Iterable[Message]:
@@ -195,9 +215,17 @@ class MethodStrategy(Strategy):
             context = RoundContext(self.run, number, self.config.rounds.rounds, self.config.seed, site)
             payloads = {payload.name: payload for payload in loop.server.send(loop.state, site, context)}
             envelope = Envelope(
-                self.run, number, phase, site, rounds=self.config.rounds.rounds, payloads=payloads, config=self.config.to_json()
+                self.run,
+                number,
+                phase,
+                site,
+                rounds=self.config.rounds.rounds,
+                payloads=payloads,
+                config=self.config.to_json(),
             )
-            yield make_message(encode(envelope), node=node, kind=kind, group=str(number), ttl=self.config.rounds.deadline)
+            yield make_message(
+                encode(envelope), node=node, kind=kind, group=str(number), ttl=self.config.rounds.deadline
+            )
 
     def _good(self, replies: Iterable[Message], *, payloads: bool = True) -> Iterable[Envelope]:
         for reply in replies:
@@ -208,7 +236,9 @@ class MethodStrategy(Strategy):
                 if envelope.failure:
                     raise WardroundError(envelope.failure[1])
                 if payloads:
-                    check_payloads(envelope.payloads, self.method.server.uplink, self.initial, who=envelope.site)
+                    check_payloads(
+                        envelope.payloads, self.method.server.uplink, self.initial, who=envelope.site
+                    )
             except WardroundError as error:
                 log.error("a reply is left out: %s", error)
                 continue

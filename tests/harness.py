@@ -36,7 +36,8 @@ def write_table_site(folder: Path, *, seed: int, rows: int = 24, shift: float = 
     y[:4] = [0, 1, 0, 1]
     split = ["training", "training", "validation", "test"]
     lines = ["a,b,c,target,split"] + [
-        f"{row[0]:.6f},{row[1]:.6f},{row[2]:.6f},{label},{split[index % 4]}" for index, (row, label) in enumerate(zip(x, y, strict=True))
+        f"{row[0]:.6f},{row[1]:.6f},{row[2]:.6f},{label},{split[index % 4]}"
+        for index, (row, label) in enumerate(zip(x, y, strict=True))
     ]
     folder.mkdir(parents=True)
     (folder / "table.csv").write_text("\n".join(lines) + "\n")
@@ -48,7 +49,9 @@ def write_table_site(folder: Path, *, seed: int, rows: int = 24, shift: float = 
     return folder
 
 
-def table_config(method: str = "fedavg", *, rounds: int = 3, seed: int = 7, sites: tuple[str, ...] = (), **params: object) -> RunConfig:
+def table_config(
+    method: str = "fedavg", *, rounds: int = 3, seed: int = 7, sites: tuple[str, ...] = (), **params: object
+) -> RunConfig:
     """Return a run over the tables with a logistic regression and plain SGD."""
     return RunConfig.from_mapping(
         {
@@ -104,7 +107,13 @@ class MemoryLink:
 class Federation:
     """Sites on disk under one root, and runs over them."""
 
-    def __init__(self, root: Path, aliases: tuple[str, ...] = ("alpha", "beta", "gamma"), *, policy: Policy | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        aliases: tuple[str, ...] = ("alpha", "beta", "gamma"),
+        *,
+        policy: Policy | None = None,
+    ) -> None:
         self.root = root
         self.aliases = aliases
         self.policy = policy or Policy()
@@ -125,7 +134,9 @@ class Federation:
             sites[alias] = Site(config, EventLog(folder / "events.jsonl", "worker", site=alias))
         return sites
 
-    def start(self, config: RunConfig, *, home: str = "home", run: str = "run", link: MemoryLink | None = None) -> RoundLoop:
+    def start(
+        self, config: RunConfig, *, home: str = "home", run: str = "run", link: MemoryLink | None = None
+    ) -> RoundLoop:
         """Return a loop whose roster is complete."""
         config = config.model_copy(update={"sites": self.aliases})
         folder = self.root / f"{home}-server"

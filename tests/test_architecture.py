@@ -16,13 +16,33 @@ FORBIDDEN = {
     "server": ("client", "ops"),
     "client": ("server", "ops"),
     "common/methods": ("flwr", "grpc", "monai", "nibabel", "server", "client", "ops"),
-    "common/numerics": ("flwr", "grpc", "monai", "nibabel", "common.methods", "common.payload", "server", "client", "ops"),
+    "common/numerics": (
+        "flwr",
+        "grpc",
+        "monai",
+        "nibabel",
+        "common.methods",
+        "common.payload",
+        "server",
+        "client",
+        "ops",
+    ),
 }
-WITHOUT_TORCH = ("client.relay", "client.forkexec", "client.supernode", "common.frames", "common.flower", "common.events", "common.config")
+WITHOUT_TORCH = (
+    "client.relay",
+    "client.forkexec",
+    "client.supernode",
+    "common.frames",
+    "common.flower",
+    "common.events",
+    "common.config",
+)
 
 
 def sources(room):
-    return [path for path in (ROOT / room).rglob("*.py") if not path.name.endswith(("_pb2.py", "_pb2_grpc.py"))]
+    return [
+        path for path in (ROOT / room).rglob("*.py") if not path.name.endswith(("_pb2.py", "_pb2_grpc.py"))
+    ]
 
 
 def imported(path):
@@ -59,7 +79,9 @@ def test_pure_rooms_open_no_file(room):
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
 def test_light_modules_import_neither_torch_nor_monai(module):
     code = f"import sys, {module}; print([m for m in ('torch', 'monai') if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
 
@@ -69,11 +91,16 @@ def test_no_room_carries_a_path_of_a_machine():
         str(path.relative_to(ROOT))
         for room in (*ROOMS, "tests", "docs")
         for path in (ROOT / room).rglob("*")
-        if path.suffix in {".py", ".md", ".toml", ".j2"} and ("/wor" + "k/" in path.read_text() or "/ro" + "ot/" in path.read_text())
+        if path.suffix in {".py", ".md", ".toml", ".j2"}
+        and ("/wor" + "k/" in path.read_text() or "/ro" + "ot/" in path.read_text())
     ]
     assert not wrong
 
 
 def test_files_stay_small():
-    long = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for room in ROOMS for path in sources(room)}
+    long = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for room in ROOMS
+        for path in sources(room)
+    }
     assert not {name: lines for name, lines in long.items() if lines > 450}

@@ -1,8 +1,7 @@
 """Conformance: what every registered method must do, through wire bytes, on real sites and the real round loop."""
 
-import torch
-
 import pytest
+import torch
 
 from common.config import RunConfig
 from common.errors import QuorumError
@@ -41,7 +40,9 @@ def test_runs_to_the_end_and_every_case_is_accounted_for(federation, name):
     loop = federation.run(table_config(name))
     ends = [event for event in federation.events() if event["event"] == "round.end"]
     assert [event["round"] for event in ends] == [1, 2, 3, 4]
-    assert all(sorted(event["cases"]) == sorted(federation.aliases) and not event["missing"] for event in ends)
+    assert all(
+        sorted(event["cases"]) == sorted(federation.aliases) and not event["missing"] for event in ends
+    )
     assert loop.done == 3
     kinds = {item.model for sets in loop.history[-1].metrics.values() for item in sets}
     assert kinds <= {GLOBAL, PERSONAL}
@@ -60,7 +61,9 @@ def test_same_seed_same_bytes_and_another_seed_other_bytes(federation, name):
 @pytest.mark.parametrize("name", ALL)
 def test_order_of_replies_changes_no_bit(federation, name):
     forth = federation.run(table_config(name), home="a")
-    back = federation.run(table_config(name), home="b", link=MemoryLink(federation.open_sites("b"), backwards=True))
+    back = federation.run(
+        table_config(name), home="b", link=MemoryLink(federation.open_sites("b"), backwards=True)
+    )
     assert state_bytes(forth.state) == state_bytes(back.state)
     assert best_models(federation, forth, "a") == best_models(federation, back, "b")
 

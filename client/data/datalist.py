@@ -7,7 +7,7 @@ here on a case is known by its alias alone: "case-0001" is the first one listed,
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from client.data.split import split_by_group
@@ -17,7 +17,7 @@ from common.dataset_json import SPLITS, CaseEntry, DatasetJson, SplitFractions, 
 from common.errors import DataError
 from common.site_summary import SiteSummary
 
-__all__ = ["SPLITS", "Case", "Datalist", "TableSpec", "read_datalist"]
+__all__ = ["SPLITS", "Case", "Datalist", "TableSpec", "read_datalist", "table_spec"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ def read_datalist(folder: Path, site: str, *, seed: int = 0) -> Datalist:
             unlabelled += 1
         else:
             listed.append((split, reader.case(index, entry)))
+    reader.refuse_missing()
     reader.refuse_repeats([case for _, case in listed])
     strata = [case.label if isinstance(case.label, int) else 0 for _, case in listed]
     splits = _splits(
@@ -132,6 +133,7 @@ class _EntryReader:
     site: str
     task: TaskName
     classes: int
+    missing: list[tuple[str, str, Path]] = field(default_factory=list)
 
     def case(self, index: int, entry: CaseEntry) -> Case:
         alias = row_alias(index)
@@ -163,11 +165,8 @@ class _EntryReader:
             )
         path = self.folder / pure
         if not path.exists():
-            raise self._error(
-                alias,
-                f"the {what} that dataset.json lists is not there. Put it there or unlist it",
-                str(path),
-            )
+            self.missing.append((alias, what, path))
+            return path
         if not path.resolve().is_relative_to(self.folder.resolve()):
             raise self._error(
                 alias,
@@ -178,6 +177,15 @@ class _EntryReader:
 
     def _error(self, alias: str, sentence: str, detail: str = "") -> DataError:
         return DataError(f"{self.site}, {alias}: {sentence}.", detail=detail, site=self.site)
+
+    def refuse_missing(self) -> None:
+        """Refuse what is listed and not there: all of it at once, so that it is put right in one go."""
+        if self.missing:
+            alias, what, _ = self.missing[0]
+            count = len(self.missing)
+            sentence = f"the {what} that dataset.json lists is not there ({count} missing in all)"
+            paths = "\n".join(str(path) for *_, path in self.missing[:50])
+            raise self._error(alias, f"{sentence}. Put them there, or unlist them", paths)
 
     def refuse_repeats(self, cases: list[Case]) -> None:
         """Refuse a file that two cases list, in whatever split: it would be trained on and tested on."""
@@ -241,16 +249,7 @@ def _read_tabular(folder: Path, site: str, dataset: DatasetJson, seed: int) -> D
         raise DataError(
             f"{site}: dataset.json has a table and also cases or another task. Keep one of them.", site=site
         )
-    reader = _EntryReader(folder, site, "tabular", len(dataset.label_names))
-    path = reader.file("table", dataset.table or "", "table")
-    spec = TableSpec(
-        path,
-        dataset.features,
-        dataset.target,
-        dataset.split_column,
-        dataset.group_column,
-        dataset.missing_values,
-    )
+    spec = table_spec(folder, site, dataset)
     table = read_table(spec, site)
     refuse_bad_cells(table, site)
     rows = [row for row, target in enumerate(table.targets) if target is not None]
@@ -263,6 +262,25 @@ def _read_tabular(folder: Path, site: str, dataset: DatasetJson, seed: int) -> D
     unlabelled = len(table.targets) - len(rows)
     return Datalist(
         site, folder, "tabular", 0, dataset.features, dataset.label_names, by_split, unlabelled, spec
+    )
+
+
+def table_spec(folder: Path, site: str, dataset: DatasetJson) -> TableSpec:
+    """Return where a site's table lies and what its columns mean.
+
+    Raises:
+        DataError: The table's path leads out of the folder, or nothing is there.
+    """
+    reader = _EntryReader(folder, site, "tabular", len(dataset.label_names))
+    path = reader.file("table", dataset.table or "", "table")
+    reader.refuse_missing()
+    return TableSpec(
+        path,
+        dataset.features,
+        dataset.target,
+        dataset.split_column,
+        dataset.group_column,
+        dataset.missing_values,
     )
 
 

@@ -1,8 +1,8 @@
 """Reading one image, whatever its format, into channels-first voxels with their geometry.
 
 The reader is chosen by the format and nothing else is tried: a file that its own reader refuses is refused.
-MONAI's readers do the decoding; here is what they leave open: which files of a folder make one DICOM series, in
-which order, and with which gaps; what a NRRD space is called; what a palette or a one-bit picture means.
+MONAI's readers do the decoding; here is what they leave open: which files of a folder make one DICOM series,
+in which order, and with which gaps; what a NRRD space is called; what a palette or a one-bit picture means.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ class _NrrdReader(NrrdReader):
     """MONAI's reader takes any space it does not know for RAS; here an unknown one is refused."""
 
     def read(self, data: Any, **kwargs: Any) -> Any:
-        result = super().read(data, **kwargs)
+        result: Any = super().read(data, **kwargs)
         self.dtype = result.array.dtype  # the file's own, not the reader's float32
         return result
 

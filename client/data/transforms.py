@@ -8,6 +8,7 @@ is seeded from outside, call by call, and touches no global generator.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -191,7 +192,7 @@ class RandomPart:
         self._change = Compose(_changes(config)) if config.augment else None
 
     def draw(self, item: Item, seed: int) -> list[tuple[Tensor, Tensor]]:
-        """Return each patch: image float32 (C, *patch), label int64 (1, *patch) or (). Same seed, same bytes."""
+        """Return each patch: image float32 (C, *patch), label int64 (1, *patch) or (); fixed by the seed."""
         if isinstance(item.label, int):
             fields = [{IMAGE: item.image, LABEL: torch.tensor(item.label)}]
         else:
@@ -207,14 +208,15 @@ class RandomPart:
         return result
 
     def _crop(self, item: Item, seed: int) -> list[dict[str, Tensor]]:
-        fields = {IMAGE: item.image, LABEL: item.label}
+        fields: dict[Any, Any] = {IMAGE: item.image, LABEL: item.label}
         inside, outside = item.inside, item.outside
         if inside is not None and outside is not None and len(inside) and len(outside):
             self._by_label.set_random_state(seed=seed)
-            drawn = self._by_label({**fields, "inside": inside.numpy(), "outside": outside.numpy()})
+            fields |= {"inside": inside.numpy(), "outside": outside.numpy()}
+            drawn = self._by_label(fields)
         else:  # an empty mask, or one that fills the volume: there is nothing to choose between
             self._anywhere.set_random_state(seed=seed)
-            drawn = self._anywhere(fields)  # type: ignore[arg-type]  # the label is a tensor here
+            drawn = self._anywhere(fields)
         return [{key: _plain(patch[key]) for key in _KEYS} for patch in drawn]
 
 

@@ -20,12 +20,18 @@ from common.payload import Payloads, State, Tensors
 class FedProxParams(MethodParams):
     """Parameters of FedProx."""
 
-    mu: float = Field(0.01, ge=0, description="μ of eq. 2, weight of the pull to the round's model; 0 is FedAvg")
+    mu: float = Field(
+        0.01, ge=0, description="μ of eq. 2, weight of the pull to the round's model; 0 is FedAvg"
+    )
 
 
 def squared_distance(model: nn.Module, anchor: Tensors) -> Tensor:
     """Return ‖w − anchor‖² over the trainable parameters, as a scalar on the model's device."""
-    terms = [(value - anchor[name]).square().sum() for name, value in model.named_parameters() if value.requires_grad]
+    terms = [
+        (value - anchor[name]).square().sum()
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    ]
     return sum(terms[1:], start=terms[0])
 
 

@@ -5,7 +5,17 @@ The model travels once, down, in round 1; afterwards nothing but metrics leaves 
 
 from __future__ import annotations
 
-from common.method import PERSONAL, Accumulator, Method, MethodParams, RoundContext, ServerHalf, SiteHalf, SiteResult, SiteWork
+from common.method import (
+    PERSONAL,
+    Accumulator,
+    Method,
+    MethodParams,
+    RoundContext,
+    ServerHalf,
+    SiteHalf,
+    SiteResult,
+    SiteWork,
+)
 from common.payload import Kind, Payload, Payloads, PayloadSpec, Reduce, State, Tensors
 
 

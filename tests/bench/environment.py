@@ -21,7 +21,9 @@ OUT = ROOT / "build" / "bench"
 
 def environment() -> dict[str, Any]:
     """Return versions, processor, memory and device of this machine."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     return {
         "versions": versions(),
         "cpus": os.cpu_count(),
@@ -38,7 +40,9 @@ def write(name: str, figures: dict[str, Any]) -> Path:
     """Write one benchmark's figures with the environment beside them."""
     OUT.mkdir(parents=True, exist_ok=True)
     path = OUT / f"{name}.json"
-    path.write_text(json.dumps({"benchmark": name, "environment": environment(), "figures": figures}, indent=2) + "\n")
+    path.write_text(
+        json.dumps({"benchmark": name, "environment": environment(), "figures": figures}, indent=2) + "\n"
+    )
     return path
 
 

@@ -1,0 +1,264 @@
+"""Where wardround reaches into Flower: all of it, for one version, checked before it is touched.
+
+Flower 1.32.1 is built for rounds of minutes; its fixed waits add five seconds to each. They are no
+settings, so the processes of wardround replace them after looking whether they are still what was measured
+(docs/runtime.md). Every replacement stands for itself: one that finds something else leaves it alone and
+says so, and Flower then works at its own pace. Nothing here changes what travels.
+
+| what | Flower | here | who waits |
+| --- | --- | --- | --- |
+| SuperNode asks for work | 3 s | 0.3 s; after idle minutes up to 3 s | a site between two messages |
+| SuperNode looks for its app's reply | 0.5 s | 0.05 s | a site after its work |
+| first retry of an object that is announced but not there yet | 1 s | 0.05 s | both ends, most messages |
+| longest wait between two retries | 10 s | 0.5 s | both ends, large messages |
+| ServerApp lets its log flow off | 1-3 s | 0.5 s | the end of a run |
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import logging
+import re
+import time
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Literal
+
+Role = Literal["supernode", "relay", "server"]
+
+PINNED = "1.32.1"
+IDLE_SECONDS = 0.3
+REPLY_SECONDS = 0.05
+RETRY_SECONDS = 0.05
+RETRY_CAP_SECONDS = 0.5
+LOG_FLUSH_SECONDS = 0.5
+RETRIES = 20_000
+"""Flower gives an object up after 500 tries or 7200 s; with short waits only the second limit may count."""
+
+log = logging.getLogger("wardround.flower")
+
+
+class _OtherThanMeasured(Exception):
+    """Flower is not what this module was written for."""
+
+
+def apply(*, role: Role) -> list[str]:
+    """Shorten Flower's waits in this process; a second call changes nothing.
+
+    Args:
+        role: What this process is: the SuperNode, a relay (ClientApp), or the ServerApp.
+
+    Returns:
+        A warning for each wait that keeps Flower's own length, logged as well; empty if all were shortened.
+    """
+    return _run(
+        {"supernode": (_sleeps, _retries), "relay": (_retries,), "server": (_retries, _log_flush)}[role]
+    )
+
+
+def use_installed_app(client_app: Any) -> list[str]:
+    """Make relays of this process run an installed ClientApp, whatever the coordinator's bundle says.
+
+    The bundle is then neither unpacked nor imported.
+
+    Args:
+        client_app: A `flwr.clientapp.ClientApp`.
+
+    Returns:
+        Warnings; if there are any, the bundle would be used.
+    """
+
+    def pin() -> None:
+        module = importlib.import_module("flwr.supernode.runtime.run_clientapp")
+        source = inspect.getsource(module.run_clientapp)
+        _expect(
+            source.count("install_from_fab(fab.content, skip_prompt=True)") == 1, "how a bundle is unpacked"
+        )
+        _expect(len(re.findall(r"\bget_load_client_app_fn\(", source)) == 1, "how an app is loaded")
+        _expect(
+            "load_client_app_fn(\n            run.fab_id, run.fab_version, fab.hash_str" in source,
+            "how an app is called",
+        )
+        _set(module, "install_from_fab", _do_nothing)
+        _set(module, "get_load_client_app_fn", lambda **_: lambda *_: client_app)
+
+    return _run((pin,))
+
+
+def watch_relay_messages(report: Callable[[bytes], None]) -> list[str]:
+    """Have relays of this process report the message they took on, before they work on it.
+
+    Args:
+        report: Gets the message's metadata (serialized `flwr.proto.message_pb2.Message` without content).
+
+    Returns:
+        Warnings; if there are any, nothing is reported.
+    """
+
+    def watch() -> None:
+        module = importlib.import_module("flwr.supernode.runtime.run_clientapp")
+        original = module.ClientAppIoStub
+        source = inspect.getsource(module)
+        _expect(source.count("stub = ClientAppIoStub(channel)") == 1, "how a relay connects")
+        _expect(
+            source.count("stub.PullMessages(PullAppMessagesRequest())") == 1, "how a relay takes a message"
+        )
+
+        def reporting(channel: Any) -> Any:
+            stub = original(channel)
+            pull = stub.PullMessages
+
+            def pull_and_report(*args: Any, **options: Any) -> Any:
+                response = pull(*args, **options)
+                report(response.messages_list[0].SerializeToString())
+                return response
+
+            stub.PullMessages = pull_and_report
+            return stub
+
+        _set(module, "ClientAppIoStub", reporting)
+
+    return _run((watch,))
+
+
+def add_fleet_interceptors(outer: Any, inner: Any) -> list[str]:
+    """Put two gRPC client interceptors around the others of the SuperNode's connection to its SuperLink.
+
+    Args:
+        outer: Sees a call first, before it is signed.
+        inner: Sees it last, with all metadata.
+
+    Returns:
+        Warnings; if there are any, the connection has neither.
+    """
+
+    def add() -> None:
+        module = importlib.import_module("flwr.client.grpc_rere_client.connection")
+        original = module.create_channel
+        names = ["server_address", "insecure", "root_certificates", "max_message_length", "interceptors"]
+        _expect(list(inspect.signature(original).parameters) == names, "how a channel is made")
+        source = inspect.getsource(module.grpc_request_response)
+        _expect(
+            source.count("create_channel(") == 1 and "interceptors=interceptors," in source,
+            "the site's channel",
+        )
+
+        def create(*args: Any, interceptors: Any = None, **options: Any) -> Any:
+            return original(*args, interceptors=[outer, *(interceptors or ()), inner], **options)
+
+        _set(module, "create_channel", create)
+
+    return _run((add,))
+
+
+class _QuickTime:
+    """Stands for the `time` module in one module of Flower, with shorter sleeps.
+
+    A site that has had no message for long asks less often: waiting costs a hundredth of the time waited,
+    at most.
+    """
+
+    def __init__(self) -> None:
+        self._busy = time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        if seconds == 0.5:  # only while a message is being worked on
+            self._busy = time.monotonic()
+            seconds = REPLY_SECONDS
+        elif seconds == 3:
+            seconds = idle_seconds(time.monotonic() - self._busy, IDLE_SECONDS, seconds)
+        time.sleep(seconds)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+def idle_seconds(waited: float, shortest: float, longest: float) -> float:
+    """Return how long to sleep before asking again: a hundredth of the time waited, within limits."""
+    return min(max(waited / 100, shortest), longest)
+
+
+def _sleeps() -> None:
+    module = importlib.import_module("flwr.supernode.start_client_internal")
+    if isinstance(module.time, _QuickTime):
+        return
+    _expect(module.time is time, "the SuperNode's clock")
+    uses = re.findall(r"\btime\.(?!monotonic)(\w+\([^()]*\))", inspect.getsource(module))
+    _expect(sorted(uses) == ["sleep(0.5)", "sleep(0.5)", "sleep(3)"], "the SuperNode's sleeps")
+    _set(module, "time", _QuickTime())
+
+
+def _retries() -> None:
+    module = importlib.import_module("flwr.supercore.inflatable.inflatable_utils")
+    stock = {"initial_backoff": 1, "backoff_cap": 10, "max_tries_per_object": 500, "max_time": 7200}
+    quick = stock | {
+        "initial_backoff": RETRY_SECONDS,
+        "backoff_cap": RETRY_CAP_SECONDS,
+        "max_tries_per_object": RETRIES,
+    }
+    functions = (module.pull_objects, module.pull_and_inflate_object_from_tree)
+    for function in functions:
+        found = {name: (function.__kwdefaults__ or {}).get(name) for name in stock}
+        _expect(found in (stock, quick), "the retries of objects that are not there yet")
+    for function in functions:
+        function.__kwdefaults__.update(quick)
+
+
+def _log_flush() -> None:
+    module = importlib.import_module("flwr.server.serverapp.app")
+    original = module.flush_logs
+    if getattr(original, "quick", False):
+        return
+    parameters = inspect.signature(original).parameters
+    _expect(
+        list(parameters) == ["log_queue", "timeout"] and parameters["timeout"].default == 3.0,
+        "the log's flush",
+    )
+    _expect(inspect.getsource(module).count("flush_logs(log_queue)") == 1, "where the log is flushed")
+
+    def flush(log_queue: Any) -> bool:
+        return bool(original(log_queue, timeout=LOG_FLUSH_SECONDS))
+
+    flush.quick = True  # type: ignore[attr-defined]
+    _set(module, "flush_logs", flush)
+
+
+def _run(patches: tuple[Callable[[], None], ...]) -> list[str]:
+    warnings = []
+    try:
+        version = importlib.metadata.version("flwr")
+    except importlib.metadata.PackageNotFoundError:
+        version = "unknown"
+    if version != PINNED:
+        warnings.append(
+            f"Flower {version} is installed, wardround was measured with {PINNED}: Flower keeps its own pace."
+        )
+        patches = ()
+    for patch in patches:
+        try:
+            patch()
+        except _OtherThanMeasured as error:
+            warnings.append(f"Flower {version} is not as measured ({error}): it keeps its own pace there.")
+        except Exception as error:  # a changed module may fail in any way; Flower itself must still run
+            warnings.append(
+                f"Flower {version} is not as measured ({type(error).__name__}): it keeps its own pace there."
+            )
+    for warning in warnings:
+        log.warning("%s", warning)
+    return warnings
+
+
+def _expect(fact: bool, what: str) -> None:
+    if not fact:
+        raise _OtherThanMeasured(what)
+
+
+def _set(module: ModuleType, name: str, value: Any) -> None:
+    _expect(hasattr(module, name), name)
+    setattr(module, name, value)
+
+
+def _do_nothing(*_: Any, **__: Any) -> None:
+    """Stands for the unpacking of a bundle."""

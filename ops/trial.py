@@ -1,0 +1,386 @@
+"""`wardround trial`: a whole federation as processes of this machine, from keys to report, one command.
+
+Started are: the SuperLink and the ServerApp's launcher at the coordinator, and for each hospital a worker, a SuperNode
+with its own key, and a relay launcher. All of them are watched; when one ends that was not told to, the trial ends too,
+names it and shows the end of its log. Everything that was started is stopped, however the trial ends.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.console import Console
+
+from common.errors import ProcessError, WardroundError, safe_sentence
+from common.events import EventLog, read_events
+from ops.control import ControlClient, bundle
+from ops.flower_commands import (
+    Addresses,
+    Runtime,
+    loopback_addresses,
+    relay_launcher,
+    server_superexec,
+    superlink,
+    supernode,
+)
+from ops.live import LiveView
+from ops.options import Options
+from ops.pki import TrialPki, check_credentials, make_trial_pki
+from ops.plan import Plan, new_run_folder
+from ops.ports import LOOPBACK, free_ports, release_ports
+from ops.prepare import prepare, short_folder, write_sites
+from ops.processes import Process, ProcessGroup
+from ops.report import write_report
+from ops.tables import print_closing
+
+START_SECONDS = 90.0
+REFRESH_SECONDS = 0.25
+MEMORY_SECONDS = 2.0
+INTERRUPTED = 130
+
+Fleet = Callable[
+    [str, str], str
+]  # (site, SuperLink's Fleet address) -> address the site's SuperNode is given
+
+
+class Federation:
+    """The processes of one trial.
+
+    Args:
+        plan: What to run.
+        runtime: "fast" or "stock".
+        device: Where workers compute.
+        threads: CPU threads per worker.
+        events: The command's own events.
+        fleet: Puts something between a site and the SuperLink (a counting proxy, in tests).
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        runtime: Runtime,
+        device: str,
+        threads: int,
+        events: EventLog,
+        fleet: Fleet | None = None,
+    ) -> None:
+        self.plan = plan
+        self.runtime: Runtime = runtime
+        self.device = device
+        self.threads = threads or max(1, (os.cpu_count() or 1) // len(plan.sites))
+        self.events = events
+        self.group = ProcessGroup(events)
+        self.logs = plan.out / "logs"
+        self.sockets: dict[str, Path] = {}
+        self._fleet = fleet or (lambda site, address: address)
+        self._short: Path | None = None
+        self._ports: list[int] = []
+        self._control: ControlClient | None = None
+        self._run = 0
+        self._memory_at = 0.0
+
+    def start(self, on_wait: Callable[[], None]) -> None:
+        """Start everything and submit the run.
+
+        Args:
+            on_wait: Called while waiting (live view).
+
+        Raises:
+            ProcessError: A process ended or was not ready in time.
+        """
+        aliases = list(self.plan.sites)
+        self.events.emit("trial.phase", phase="keys")
+        pki = make_trial_pki(self.plan.out / "pki", aliases)
+        addresses = loopback_addresses()
+        check_credentials(ca=pki.ca, cert=pki.server_cert, key=pki.server_key, names=[LOOPBACK])
+        self.events.emit("trial.phase", phase="start")
+        self._short = short_folder()
+        self.sockets = {alias: self._short / f"{index}.sock" for index, alias in enumerate(aliases)}
+        link = self.group.start(superlink(addresses, pki, self.logs))
+        self._start_workers()
+        self._control = ControlClient(addresses.control, pki.ca)
+        self._wait([link], self._control.alive, on_wait)
+        self.events.emit("trial.phase", phase="register")
+        for alias in aliases:
+            self._control.register(pki.site_public[alias], site=alias)
+        self._start_coordinator(addresses, pki)
+        self._start_network(addresses, pki)
+        self.events.emit("trial.phase", phase="ready")
+        for alias in aliases:
+            worker = self.group.processes[f"worker-{alias}"]
+            self._wait([worker], lambda alias=alias: worker_answers(self.sockets[alias]), on_wait)  # type: ignore[misc]
+        nodes = [self.group.processes[f"supernode-{alias}"] for alias in aliases]
+        self._wait(nodes, self._all_online, on_wait)
+        self.events.emit("trial.phase", phase="run")
+        self._run = self._control.start_run(bundle(), {"wardround": self.plan.config.to_json()})
+
+    def _start_workers(self) -> None:
+        files = write_sites(self.plan, self.sockets, device=self.device, threads=self.threads)
+        for alias, file in files.items():
+            argv = [sys.executable, "-P", "-m", "client.worker", str(file)]
+            env = {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
+            self.group.start(
+                Process(f"worker-{alias}", argv, self.logs / f"worker-{alias}.log", env=env, site=alias)
+            )
+
+    def _start_coordinator(self, addresses: Addresses, pki: TrialPki) -> None:
+        env = {
+            "WARDROUND_RUN_DIR": str(self.plan.out),
+            "WARDROUND_RUN_ID": self.plan.out.name,
+            "WARDROUND_RUNTIME": self.runtime,
+        }
+        self.group.start(server_superexec(addresses, pki, self.logs, env=env))
+
+    def _start_network(self, addresses: Addresses, pki: TrialPki) -> None:
+        self._ports = free_ports(len(self.plan.sites))
+        for alias, port in zip(self.plan.sites, self._ports, strict=True):
+            appio = f"{LOOPBACK}:{port}"
+            self.group.start(
+                supernode(
+                    alias, pki, self.logs, fleet=self._fleet(alias, addresses.fleet), clientappio=appio,
+                    node_config={"site": alias, "worker": str(self.sockets[alias])}, runtime=self.runtime,
+                    events=self.plan.out / f"events-{alias}-net.jsonl",
+                )
+            )  # fmt: skip
+            self.group.start(relay_launcher(alias, pki, self.logs, clientappio=appio, runtime=self.runtime))
+
+    def _all_online(self) -> bool:
+        assert self._control is not None
+        return sum(node.online for node in self._control.nodes()) == len(self.plan.sites)
+
+    def _wait(self, processes: list[Process], check: Callable[[], bool], on_wait: Callable[[], None]) -> None:
+        def checking() -> bool:
+            on_wait()
+            return check()
+
+        self.group.wait_ready([process.name for process in processes], checking, START_SECONDS)
+
+    def watch(self, on_wait: Callable[[], None]) -> dict[str, object]:
+        """Wait for the run's end and return its `run.end` event.
+
+        Raises:
+            ProcessError: A process ended, or the ServerApp ended without a word.
+        """
+        assert self._control is not None
+        ended_at = 0.0
+        look_at = time.monotonic() + 2.0
+        while True:
+            on_wait()
+            end = last_event(self.plan.out / "events.jsonl", "run.end")
+            self._sample_memory()
+            if end is not None:
+                return end
+            self.group.poll()
+            if time.monotonic() > look_at:
+                look_at = time.monotonic() + 2.0
+                if self._control.run_status(self._run).finished:
+                    ended_at = ended_at or time.monotonic()
+                if ended_at and time.monotonic() - ended_at > 1.0:  # its last event had time to arrive
+                    raise ProcessError(
+                        "The ServerApp ended without a verdict; its log says why.",
+                        detail=self.group.processes["serverapp"].tail(),
+                    )
+            time.sleep(REFRESH_SECONDS)
+
+    def _sample_memory(self) -> None:
+        if time.monotonic() < self._memory_at:
+            return
+        self._memory_at = time.monotonic() + MEMORY_SECONDS
+        for name, (rss, peak) in self.group.memory().items():
+            self.events.emit("memory", name=name, rss=rss, peak=peak)
+
+    def stop(self) -> None:
+        """Stop everything that was started; nothing is left behind."""
+        self.events.emit("trial.phase", phase="stop")
+        self._memory_at = 0.0
+        self._sample_memory()
+        if self._control is not None:
+            self._control.close()
+        self.group.stop_all()
+        release_ports()
+        if self._short is not None:
+            shutil.rmtree(self._short, ignore_errors=True)
+
+
+def worker_answers(socket: Path, timeout: float = 1.0) -> bool:
+    """Return True if a worker's health service says it serves."""
+    if not socket.exists():
+        return False
+    try:
+        with grpc.insecure_channel(f"unix:{socket}") as channel:
+            answer = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=timeout
+            )
+    except grpc.RpcError:
+        return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def last_event(path: Path, name: str) -> dict[str, object] | None:
+    """Return the last event of a name in a file, or None."""
+    if not path.is_file():
+        return None
+    found = None
+    for event in read_events(path):
+        if event["event"] == name:
+            found = event
+    return found
+
+
+@contextmanager
+def signals_as_interrupt() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into KeyboardInterrupt, so that a stopped trial cleans up as after Ctrl-C."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_trial(
+    options: Options,
+    *,
+    runtime: Runtime = "fast",
+    device: str = "auto",
+    threads: int = 0,
+    command: str = "",
+    fleet: Fleet | None = None,
+    console: Console | None = None,
+) -> int:
+    """Run a trial and return the command's exit code."""
+
+    def work(plan: Plan, events: EventLog, refresh: Callable[[], None]) -> dict[str, object]:
+        federation = Federation(
+            plan, runtime=runtime, device=device, threads=threads, events=events, fleet=fleet
+        )
+        try:
+            federation.start(refresh)
+            return federation.watch(refresh)
+        finally:
+            federation.stop()
+
+    return conduct(options, work, runtime=runtime, command=command, console=console)
+
+
+def run_simulated(
+    options: Options,
+    *,
+    device: str = "auto",
+    threads: int = 0,
+    command: str = "",
+    console: Console | None = None,
+) -> int:
+    """Run the same apps in Flower's simulation runtime and return the command's exit code."""
+
+    def work(plan: Plan, events: EventLog, refresh: Callable[[], None]) -> dict[str, object]:
+        short = short_folder()
+        group = ProcessGroup(events)
+        try:
+            socket = short / "sites.sock"
+            files = write_sites(plan, dict.fromkeys(plan.sites, socket), device=device, threads=threads)
+            events.emit("trial.phase", phase="start")
+            argv = [sys.executable, "-P", "-m", "client.worker", *map(str, files.values())]
+            worker = group.start(
+                Process("worker", argv, plan.out / "logs" / "worker.log", env={"PYTHONUNBUFFERED": "1"})
+            )
+            group.wait_ready(worker.name, lambda: worker_answers(socket), START_SECONDS)
+            log = plan.out / "logs" / "simulation.log"
+            argv = [
+                sys.executable,
+                "-P",
+                "-m",
+                "ops.simulate",
+                str(plan.out),
+                str(socket),
+                str(len(plan.sites)),
+            ]
+            runner = group.start(Process("simulation", argv, log, env={"PYTHONUNBUFFERED": "1"}))
+            events.emit("trial.phase", phase="run")
+            while (end := last_event(plan.out / "events.jsonl", "run.end")) is None:
+                refresh()
+                group.poll()
+                time.sleep(REFRESH_SECONDS)
+            runner.expected = True
+            return end
+        finally:
+            events.emit("trial.phase", phase="stop")
+            group.stop_all()
+            shutil.rmtree(short, ignore_errors=True)
+
+    return conduct(options, work, runtime="simulation", command=command, console=console)
+
+
+Work = Callable[[Plan, EventLog, Callable[[], None]], dict[str, object]]
+
+
+def conduct(options: Options, work: Work, *, runtime: str, command: str, console: Console | None) -> int:
+    """Prepare, work, report: what a trial and a simulation have in common.
+
+    Returns:
+        0 if the run ended well, else the exit code of what went wrong.
+    """
+    console = console or Console()
+    out = new_run_folder(options)
+    events = EventLog(out / "events-trial.jsonl", "trial", run=out.name)
+    started = time.monotonic()
+    code, failure = 0, None
+    try:
+        with signals_as_interrupt():
+            plan = prepare(options, out, runtime=runtime, command=command, events=events, console=console)
+            config = plan.config
+            events.emit(
+                "trial.start", method=config.method, task=config.data.task, data=plan.federation.name,
+                sites=list(plan.sites), rounds=config.rounds.rounds, runtime=runtime,
+            )  # fmt: skip
+            with LiveView(out, console=console) as view:
+                end = work(plan, events, view.refresh)
+                view.refresh()
+            if end.get("verdict") != "ok":
+                failure, code = (
+                    (str(end.get("code", "internal")), str(end.get("message", "the run failed"))),
+                    exit_code(end),
+                )
+    except KeyboardInterrupt:
+        failure, code = (
+            ("interrupted", "Stopped before the end; everything that was started is stopped."),
+            INTERRUPTED,
+        )
+    except WardroundError as error:
+        failure, code = safe_sentence(error), error.exit_code
+        if error.detail:
+            console.print(error.detail, style="dim", markup=False, highlight=False, soft_wrap=True)
+    words = {"code": failure[0], "message": failure[1]} if failure else {}
+    events.emit(
+        "trial.end", verdict="failed" if failure else "ok", seconds=time.monotonic() - started, **words
+    )
+    events.close()
+    finish(out, console)
+    return code
+
+
+def finish(out: Path, console: Console) -> None:
+    """Write the report of whatever happened and print the closing tables."""
+    if (out / "config.json").is_file():
+        write_report(out)
+    print_closing(out, console)
+
+
+def exit_code(end: dict[str, object]) -> int:
+    """Return the exit code of a failed run's error code."""
+    codes = {kind.code: kind.exit_code for kind in WardroundError.__subclasses__()}
+    return codes.get(str(end.get("code")), 1)
