@@ -2,15 +2,13 @@
 
     python -m client.forkexec --clientappio-address 127.0.0.1:9094 --superexec-auth-secret-file FILE
 
-Flower's own launcher starts a new Python for every message, about one CPU second each; a fork costs a
-tenth. Three
-kinds of processes, because a process with gRPC threads must not fork:
+Flower's own launcher starts a new Python for every message, about one CPU second each; a fork costs a tenth.
+Three kinds of processes, because a process with gRPC threads must not fork:
 
-    launcher   imports, never opens a channel, has one thread; forks the others and waits for them poller
-    its first child: asks the SuperNode for tasks, claims one at a time, passes its token through a pipe
-    relay      one per token: Flower's `run_clientapp` with the app this hospital installed; the
-    coordinator's
-               bundle is neither unpacked nor imported
+- the launcher imports, never opens a channel, has one thread; it forks the others and waits for them
+- the poller, its first child, asks the SuperNode for tasks, claims one at a time, passes its token through a pipe
+- a relay, one per token, is Flower's `run_clientapp` with the app that this hospital installed; the
+  coordinator's bundle is neither unpacked nor imported
 
 A relay that dies hard (killed, out of memory) never gets its token used again for work; a fresh fork
 answers in its place that it is gone, so the coordinator hears it at once and not after Flower's minute of
@@ -22,14 +20,12 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault(
-    "OPENBLAS_NUM_THREADS", "1"
-)  # before numpy comes: its threads would be there at the fork
+# Before numpy comes: the threads it would start would be there at the fork.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
 import contextlib
-import ctypes
 import gc
 import importlib
 import select
@@ -37,11 +33,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import grpc
 from flwr.app import Error, Message
@@ -62,17 +58,15 @@ from flwr.supercore.interceptors.superexec_auth_interceptor import CLIENTAPPIO_S
 from flwr.supercore.utils import disable_process_dumping
 from flwr.supernode.runtime import run_clientapp as runtime
 
+from client import forking
 from common import flower_fast
 from common.errors import ConfigError, CredentialError, ProcessError, WardroundError
 
 POLL_SECONDS = 0.1
 LONGEST_POLL_SECONDS = 1.0
-STOP_SECONDS = 3.0
-UNDERTAKER_SECONDS = 15.0
-STOPPED = (signal.SIGTERM, signal.SIGINT)
-
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-_PR_SET_PDEATHSIG = 1
+REPORT_SECONDS = 5
+FLOWER_EXITS = (0, 1)
+"""How Flower's ClientApp process ends when it has answered, well or not."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +94,15 @@ class Launcher:
         address: Where the SuperNode serves its apps (HOST:PORT on loopback: the connection is not encrypted).
         secret: The secret shared with the SuperNode.
         poll: Shortest seconds between two questions for tasks; an idle launcher asks less often.
-        parent: A process whose end ends the launcher, 0 for none.
+        belongs_to: A process whose end ends the launcher, 0 for none.
     """
 
-    def __init__(self, address: str, secret: bytes, poll: float = POLL_SECONDS, parent: int = 0) -> None:
+    def __init__(self, address: str, secret: bytes, poll: float = POLL_SECONDS, belongs_to: int = 0) -> None:
         self._address = address
         self._secret = secret
         self._poll = poll
-        self._parent = parent
-        self._pid = os.getpid()
-        self._children: set[int] = set()
+        self._belongs_to = belongs_to
+        self._parent = forking.Parent()
 
     def run(self) -> NoReturn:
         """Serve until told to stop.
@@ -119,70 +112,73 @@ class Launcher:
             CredentialError: The SuperNode refuses the secret.
             ProcessError: The poller ended, or threads make forking unsafe.
         """
-        for number in STOPPED:
-            signal.signal(number, _exit_quietly)
+        forking.exit_on_stop_signals()
         gc.collect()
         gc.freeze()  # a relay's collector must not touch, and so copy, the pages it shares with the launcher
         mine, theirs = socket.socketpair()
+        poller = 0
         try:
-            poller = self._fork(lambda: self._poll_for_tasks(theirs, mine))
+            poller = self._parent.fork(lambda: self._poll_for_tasks(theirs, mine))
             theirs.close()
-            _say(f"ready: launcher {self._pid}, poller {poller}, asking {self._address}")
+            _say(f"ready: launcher {self._parent.pid}, poller {poller}, asking {self._address}")
             with mine, mine.makefile("rb") as tasks:
                 while line := tasks.readline():
                     self._serve(Task.parse(line))
                     with contextlib.suppress(OSError):  # the poller is gone: the next line tells
                         mine.sendall(b".")  # now it may claim the next one
-            raise self._poller_ended(poller)
+            code, _ = self._parent.wait(poller)
+            raise _poller_ended(code)
         finally:
-            self._clear()
+            forking.ignore_stop_signals()
+            for child in list(self._parent.children):
+                self._parent.kill(child)
 
     def _serve(self, task: Task) -> None:
+        """Run one relay to its end, whatever that is."""
         started = time.monotonic()
         taken, told = os.pipe()
+        relay = self._parent.fork(lambda: self._run_relay(task, told))
+        os.close(told)
         try:
-            pid = self._fork(lambda: self._run_relay(task, told))
-            os.close(told)
-            _, status, used = os.wait4(pid, 0)
-            self._children.discard(pid)
-            word = (
-                f"exit {os.WEXITSTATUS(status)}" if os.WIFEXITED(status) else f"signal {os.WTERMSIG(status)}"
-            )
+            code, used = self._parent.wait(relay)
             _say(
-                f"task pid={pid} status={word} wall={time.monotonic() - started:.2f}s "
-                f"cpu={used.ru_utime + used.ru_stime:.2f}s maxrss={used.ru_maxrss / 1024:.0f}MB"
+                f"task pid={relay} status={f'signal {-code}' if code < 0 else f'exit {code}'} "
+                f"wall={time.monotonic() - started:.2f}s cpu={used.ru_utime + used.ru_stime:.2f}s "
+                f"maxrss={used.ru_maxrss / 1024:.0f}MB"
             )
-            if os.WIFSIGNALED(status) or os.WEXITSTATUS(status) > 1:  # Flower's own exits are 0 and 1
-                message = os.read(taken, 65536) if select.select([taken], [], [], 0)[0] else b""
-                self._bury(task, message)
+            if code not in FLOWER_EXITS:
+                self._bury(task, taken)
+        except (
+            SystemExit
+        ):  # told to stop: an end by SIGTERM would leave the SuperNode waiting for a reply for ever
+            forking.ignore_stop_signals()
+            self._parent.kill(relay)
+            self._bury(task, taken)
+            raise
         finally:
             os.close(taken)
 
-    def _bury(self, task: Task, message: bytes) -> None:
-        """Fork a process that answers for a dead relay, and wait for it."""
-        pid = self._fork(lambda: self._answer_for_the_dead(task, message))
-        _, status = os.waitpid(pid, 0)
-        self._children.discard(pid)
+    def _bury(self, task: Task, taken: int) -> None:
+        """Answer for a dead relay, from a fork, and wait for it."""
+        message = os.read(taken, 65536) if select.select([taken], [], [], 0)[0] else b""
+        code, _ = self._parent.wait(self._parent.fork(lambda: self._answer_for_the_dead(task, message)))
         _say(
             "its end was reported"
-            if status == 0
-            else "its end could not be reported; Flower will notice in a minute"
+            if code == 0
+            else "its end could not be reported: Flower notices within a minute"
         )
 
     def _run_relay(self, task: Task, told: int) -> None:
-        def report(message: bytes) -> None:
-            os.write(told, message)  # far less than a pipe holds
-
-        flower_fast.watch_relay_messages(report)
+        flower_fast.watch_relay_messages(lambda message: _write(told, message))
         runtime.run_clientapp(
             clientappio_api_address=self._address,
             token=task.token,
             insecure=True,
-            parent_pid=None if _LIBC is not None else self._pid,  # else the kernel watches
+            parent_pid=None if forking.KERNEL_WATCHES else self._parent.pid,
         )
 
     def _answer_for_the_dead(self, task: Task, message: bytes) -> None:
-        signal.alarm(int(UNDERTAKER_SECONDS))
+        signal.alarm(REPORT_SECONDS)
         with _channel(self._address, AppIoTokenClientInterceptor(task.token)) as channel:
             stub = ClientAppIoStub(channel)
             if message:
@@ -198,90 +194,28 @@ class Launcher:
     def _poll_for_tasks(self, pipe: socket.socket, other: socket.socket) -> None:
         """Pass claimed tasks to the launcher, one at a time; runs in the poller for ever."""
         other.close()
-        disable_process_dumping(strict=False)  # it alone holds the secret in use
+        disable_process_dumping(strict=False)  # it holds the secret
         signing = SuperExecAuthClientInterceptor(
             master_secret=self._secret, protected_methods=CLIENTAPPIO_SUPEREXEC_METHODS
         )
-        wait_for(self._address, lambda: self._check_parent())
+        wait_for(self._address, self._check_owner)
         with _channel(self._address, signing) as channel:
             stub = ClientAppIoStub(channel)
             busy = time.monotonic()
             while True:
-                self._check_parent()
+                self._check_owner()
                 task = _claim(stub)
                 if task is not None:
                     pipe.sendall(task.line())
                     pipe.recv(1)
                     busy = time.monotonic()
                     continue
-                time.sleep(
-                    flower_fast.idle_seconds(time.monotonic() - busy, self._poll, LONGEST_POLL_SECONDS)
-                )
+                waited = time.monotonic() - busy
+                time.sleep(flower_fast.idle_seconds(waited, self._poll, LONGEST_POLL_SECONDS))
 
-    def _check_parent(self) -> None:
-        if self._parent and not _runs(self._parent):
+    def _check_owner(self) -> None:
+        if self._belongs_to and not forking.runs(self._belongs_to):
             raise ProcessError("The process this launcher belongs to has ended.")
-
-    def _poller_ended(self, pid: int) -> WardroundError:
-        _, status = os.waitpid(pid, 0)
-        self._children.discard(pid)
-        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == CredentialError.exit_code:
-            return CredentialError(
-                "The SuperNode refuses this launcher: give both the same file with --superexec-auth-secret-file, "
-                "and set this machine's clock."
-            )
-        return ProcessError(
-            "The process that asks the SuperNode for tasks has ended; the launcher must be restarted."
-        )
-
-    def _fork(self, work: Callable[[], None]) -> int:
-        """Run a function in a forked process and return its id.
-
-        Raises:
-            ProcessError: This process has other threads, whose locks a fork would freeze.
-        """
-        threads = _threads()
-        if threads > 1:
-            raise ProcessError(
-                f"The launcher has {threads} threads and cannot fork safely: something it imported started them."
-            )
-        sys.stdout.flush()
-        sys.stderr.flush()
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, STOPPED
-        )  # a signal in between would run the launcher's cleanup twice
-        pid = os.fork()
-        if pid == 0:
-            self._children.clear()
-            _become_child(self._pid, work)
-        self._children.add(pid)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPED)
-        return pid
-
-    def _clear(self) -> None:
-        """End the children: the relay politely, then all of them."""
-        for number in STOPPED:
-            signal.signal(number, signal.SIG_IGN)
-        for pid in self._children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + STOP_SECONDS
-        while self._children and time.monotonic() < deadline:
-            self._collect(os.WNOHANG)
-            time.sleep(0.01)
-        for pid in self._children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self._collect(0)
-
-    def _collect(self, options: int) -> None:
-        for pid in list(self._children):
-            try:
-                ended = os.waitpid(pid, options)[0] == pid
-            except ChildProcessError:
-                ended = True
-            if ended:
-                self._children.discard(pid)
 
 
 def wait_for(address: str, check: Callable[[], None], interval: float = 0.05) -> None:
@@ -317,7 +251,7 @@ def load_app(reference: str) -> ClientApp:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"The relay's app '{reference}' cannot be imported: expected MODULE:ATTRIBUTE of the installed wardround.",
+            f"The relay's app '{reference}' cannot be imported: expected MODULE:ATTRIBUTE of an installed app.",
             detail=f"{type(error).__name__}: {error}",
         ) from error
     if not isinstance(found, ClientApp):
@@ -350,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _say(f"warning: {warning}")
         if warnings := flower_fast.use_installed_app(app):
             raise ConfigError(f"The coordinator's bundle cannot be kept out of the relay. {warnings[0]}")
-        Launcher(options.clientappio_address, secret, options.poll, options.parent_pid).run()
+        Launcher(options.clientappio_address, secret, options.poll, belongs_to=options.parent_pid).run()
     except WardroundError as error:
         print(f"forkexec: {error} {error.detail}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201 the site's log
         sys.exit(error.exit_code)
@@ -378,44 +312,13 @@ def _claim(stub: ClientAppIoStub) -> Task | None:
 
 
 @contextlib.contextmanager
-def _channel(address: str, interceptor: grpc.UnaryUnaryClientInterceptor) -> Any:
+def _channel(address: str, interceptor: grpc.UnaryUnaryClientInterceptor) -> Iterator[grpc.Channel]:
     interceptors = [RuntimeVersionClientInterceptor(component_name="SuperExec"), interceptor]
     channel = create_channel(server_address=address, insecure=True, interceptors=interceptors)
     try:
         yield channel
     finally:
         channel.close()
-
-
-def _become_child(launcher: int, work: Callable[[], None]) -> NoReturn:
-    """Run a forked process's work and leave without the launcher's cleanup."""
-    code = 70
-    try:
-        if _LIBC is not None:
-            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != launcher:
-                os._exit(code)
-        for number in STOPPED:
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPED)
-        work()
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except WardroundError as error:
-        code = error.exit_code
-        print(f"forkexec: {error}", file=sys.stderr)  # noqa: T201 the site's log
-    except BaseException as error:
-        print(f"forkexec: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201 the site's log
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-
-
-def _exit_quietly(*_: object) -> NoReturn:
-    sys.exit(0)
 
 
 def _check_loopback(address: str) -> None:
@@ -439,21 +342,16 @@ def _read_secret(path: Path) -> bytes:
     return secret
 
 
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _poller_ended(code: int) -> WardroundError:
+    if code == CredentialError.exit_code:
+        return CredentialError(
+            "The SuperNode refuses this launcher: give both the same file with --superexec-auth-secret-file."
+        )
+    return ProcessError("The process that asks the SuperNode for tasks has ended: restart the launcher.")
 
 
-def _threads() -> int:
-    try:
-        return len(os.listdir("/proc/self/task"))
-    except OSError:
-        return 1
+def _write(pipe: int, message: bytes) -> None:
+    os.write(pipe, message)  # far less than a pipe holds
 
 
 def _say(text: str) -> None:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from common.errors import ConfigError, nearest
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 T = TypeVar("T", bound=BaseModel)
 
 TaskName = Literal["segmentation", "classification", "tabular"]

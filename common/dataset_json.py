@@ -199,7 +199,9 @@ def _checked(model: type[M], document: Any, *, site: str, place: str, detail: st
     try:
         return model.model_validate(document)
     except ValidationError as error:
-        first = error.errors()[0]
+        found = error.errors()
+        # a misspelt key also leaves the right one missing: say the cause
+        first = next((item for item in found if item["type"] == "extra_forbidden"), found[0])
         path = ".".join(str(part) for part in (place, *first["loc"]) if part != "")
         text = f"{detail}: {error}" if detail else str(error)
         if first["type"] == "extra_forbidden":

@@ -12,6 +12,8 @@ says so, and Flower then works at its own pace. Nothing here changes what travel
 | first retry of an object that is announced but not there yet | 1 s | 0.05 s | both ends, most messages |
 | longest wait between two retries | 10 s | 0.5 s | both ends, large messages |
 | ServerApp lets its log flow off | 1-3 s | 0.5 s | the end of a run |
+| telemetry that is switched off | starts `file` | nothing | every start and end of a process |
+| SuperNode after a message that got lost half-way | for ever | goes on | a site, until it is restarted |
 """
 
 from __future__ import annotations
@@ -123,12 +125,13 @@ def watch_relay_messages(report: Callable[[bytes], None]) -> list[str]:
     return _run((watch,))
 
 
-def add_fleet_interceptors(outer: Any, inner: Any) -> list[str]:
+def add_fleet_interceptors(outer: Any, inner: Any, watch: Callable[[Any], None]) -> list[str]:
     """Put two gRPC client interceptors around the others of the SuperNode's connection to its SuperLink.
 
     Args:
         outer: Sees a call first, before it is signed.
         inner: Sees it last, with all metadata.
+        watch: Gets the channel once it is made.
 
     Returns:
         Warnings; if there are any, the connection has neither.
@@ -146,7 +149,9 @@ def add_fleet_interceptors(outer: Any, inner: Any) -> list[str]:
         )
 
         def create(*args: Any, interceptors: Any = None, **options: Any) -> Any:
-            return original(*args, interceptors=[outer, *(interceptors or ()), inner], **options)
+            channel = original(*args, interceptors=[outer, *(interceptors or ()), inner], **options)
+            watch(channel)
+            return channel
 
         _set(module, "create_channel", create)
 
@@ -225,6 +230,39 @@ def _log_flush() -> None:
     _set(module, "flush_logs", flush)
 
 
+def _silence() -> None:
+    """Telemetry that is off still starts a thread and a subprocess to describe the machine to nobody."""
+    module = importlib.import_module("flwr.supercore.telemetry")
+    if module.FLWR_TELEMETRY_ENABLED == "1" or module.create_event is _nothing_to_tell:
+        return
+    _expect('return "disabled"' in inspect.getsource(module.create_event), "telemetry that is off")
+    _expect(
+        "create_event(event_type, event_details)" in inspect.getsource(module.event), "how telemetry is made"
+    )
+    _set(module, "create_event", _nothing_to_tell)
+
+
+def _lost_messages() -> None:
+    """A SuperNode drops a message whose objects it cannot fetch (its run was stopped), then waits for its reply."""
+    module = importlib.import_module("flwr.supernode.start_client_internal")
+    original = module._pull_and_store_message
+    if getattr(original, "quick", False):
+        return
+    source = inspect.getsource(module.start_client_internal)
+    _expect(
+        source.count("run_id = _pull_and_store_message(\n                state=state,") == 1,
+        "how messages come",
+    )
+    _expect("state.delete_messages(" in inspect.getsource(original), "what happens to a lost message")
+
+    def pull(**options: Any) -> Any:
+        run_id = original(**options)
+        return run_id if getattr(options["state"], "msg_store", True) else None
+
+    pull.quick = True  # type: ignore[attr-defined]
+    _set(module, "_pull_and_store_message", pull)
+
+
 def _run(patches: tuple[Callable[[], None], ...]) -> list[str]:
     warnings = []
     try:
@@ -258,6 +296,10 @@ def _expect(fact: bool, what: str) -> None:
 def _set(module: ModuleType, name: str, value: Any) -> None:
     _expect(hasattr(module, name), name)
     setattr(module, name, value)
+
+
+def _nothing_to_tell(*_: Any) -> str:
+    return "disabled"
 
 
 def _do_nothing(*_: Any, **__: Any) -> None:

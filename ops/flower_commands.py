@@ -67,7 +67,8 @@ def superlink(addresses: Addresses, pki: TrialPki, folder: Path, *, database: Pa
         *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
         *("--database", str(database) if database is not None else IN_MEMORY),
     ]
-    return _process("superlink", argv, folder)
+    # Flower logs every question of every site; the last lines of its log are for what went wrong.
+    return _process("superlink", argv, folder, env={"FLWR_LOG_LEVEL": "WARNING"})
 
 
 def server_superexec(

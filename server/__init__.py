@@ -1,0 +1,1 @@
+"""The coordinator: ServerApp, roster, round loop, strategy adapter, checkpoints."""

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from common.errors import safe_sentence
 from common.flower import EVALUATE, QUERY, TRAIN, from_record, make_message, relay_figures
 from common.frames import Parts
+from common.proto.wardround_pb2 import Phase
 from common.wire import CLOSING, HELLO, ROUND
 
 KINDS = {HELLO: QUERY, ROUND: TRAIN, CLOSING: EVALUATE}
@@ -50,7 +51,7 @@ class Link(Protocol):
     def nodes(self) -> list[int]:
         """Return the ids of the connected sites."""
 
-    def ask(self, node: int, parts: Parts, *, phase: int, round: int, ttl: float) -> str:
+    def ask(self, node: int, parts: Parts, *, phase: Phase, round: int, ttl: float) -> str:
         """Send a message to one site and return a ticket for its answer ("" if it could not be sent)."""
 
     def poll(self, tickets: Iterable[str]) -> list[Answer]:
@@ -71,7 +72,7 @@ class FlowerLink:
         """Return the ids of the connected SuperNodes, sorted."""
         return sorted(self._grid.get_node_ids())
 
-    def ask(self, node: int, parts: Parts, *, phase: int, round: int, ttl: float) -> str:
+    def ask(self, node: int, parts: Parts, *, phase: Phase, round: int, ttl: float) -> str:
         """Push one message; one at a time, so that memory does not grow with the number of sites."""
         message = make_message(parts, node=node, kind=KINDS[phase], group=str(round), ttl=ttl)
         tickets = list(self._grid.push_messages([message]))

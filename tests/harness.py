@@ -7,7 +7,7 @@ suite can run every method through every fault.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,31 +77,31 @@ class MemoryLink:
     tamper: Tamper = lambda alias, round_, parts: parts
     backwards: bool = False
     seen: list[tuple[str, int, Parts, Parts]] = field(default_factory=list)
-    _waiting: dict[str, Answer] = field(default_factory=dict)
+    _asked: dict[str, tuple[str, int, Parts]] = field(default_factory=dict)
     _count: int = 0
 
     def nodes(self) -> list[int]:
         return list(range(1, len(self.sites) + 1))
 
     def ask(self, node: int, parts: Parts, *, phase: int, round: int, ttl: float) -> str:
-        alias = list(self.sites)[node - 1]
         self._count += 1
-        ticket = f"t{self._count}"
+        self._asked[f"t{self._count}"] = (list(self.sites)[node - 1], round, from_frames(to_frames(parts)))
+        return f"t{self._count}"
+
+    def poll(self, tickets: Iterable[str]) -> list[Answer]:
+        """Let one site work and return its answer."""
+        order = [ticket for ticket in tickets if ticket in self._asked]
+        if not order:
+            return []
+        ticket = order[-1] if self.backwards else order[0]
+        alias, round_, parts = self._asked.pop(ticket)
         try:
-            answer = self.sites[alias].handle(from_frames(to_frames(parts)), lambda: None)
+            answer = self.sites[alias].handle(parts, lambda: None)
         except Exception as error:
             answer = failure(error, alias)
-        self.seen.append((alias, round, parts, answer))
-        changed = self.tamper(alias, round, from_frames(to_frames(answer)))
-        if changed is not None:
-            self._waiting[ticket] = Answer(ticket, changed)
-        return ticket
-
-    def poll(self, tickets: object) -> list[Answer]:
-        order = [ticket for ticket in tickets if ticket in self._waiting]  # type: ignore[attr-defined]
-        if self.backwards:
-            order.reverse()
-        return [self._waiting.pop(ticket) for ticket in order[:1]]
+        self.seen.append((alias, round_, parts, answer))
+        changed = self.tamper(alias, round_, from_frames(to_frames(answer)))
+        return [] if changed is None else [Answer(ticket, changed)]
 
 
 class Federation:

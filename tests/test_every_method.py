@@ -107,7 +107,7 @@ def test_a_missing_site_is_named_and_the_round_goes_on(federation, name):
         return None if alias == "beta" and round_ == 2 else parts
 
     config = table_config(name)
-    config = config.model_copy(update={"rounds": config.rounds.model_copy(update={"deadline": 0.3})})
+    config = config.model_copy(update={"rounds": config.rounds.model_copy(update={"deadline": 1.0})})
     loop = federation.run(config, link=MemoryLink(federation.open_sites(), tamper=drop))
     assert loop.done == 3
     failed = [event for event in federation.events() if event["event"] == "site.failed"]

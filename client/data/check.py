@@ -179,7 +179,8 @@ def check_site(
             )
         return result
     datalist = result.datalist
-    cases = [(split, case) for split in SPLITS for case in datalist.cases[split] if case.image]
+    listed = [(split, case) for split in SPLITS for case in datalist.cases[split] if case.image]
+    cases = sorted(listed, key=lambda pair: pair[1].index)
     for done, (split, case) in enumerate(cases, 1):
         facts, problems = examine_case(case, split, datalist, config)
         result.problems += problems
