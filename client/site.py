@@ -16,21 +16,21 @@ from pathlib import Path
 import torch
 
 import common
-from client.data.check import SiteCheck, check_site
-from client.data.datalist import Datalist, read_datalist
+from client import policy
 from client.data.dataset import SiteDataset
 from client.site_config import SiteConfig
+from client.site_data import SiteData
 from client.slices import save_slices
 from client.state import SiteStates, join_states, split_state
 from client.trainer import Trainer
-from common.config import DataConfig, RunConfig
-from common.errors import DataError, MismatchError, PayloadError, PolicyError, nearest
+from common.config import RunConfig
+from common.errors import DataError, MismatchError, PayloadError
 from common.events import EventLog
 from common.frames import Parts
 from common.method import PERSONAL, Method, RoundContext, SiteHalf
 from common.methods import get_method
 from common.models import build_model, parameter_groups, template
-from common.payload import Payload, Tensors, check_payloads
+from common.payload import Payload, State, Tensors, check_payloads
 from common.store import write_tensors
 from common.tasks import get_task
 from common.wire import CLOSING, HELLO, ROUND, Envelope, MetricSet, decode, encode
@@ -49,6 +49,7 @@ class Session:
     config: RunConfig
     method: Method
     half: SiteHalf
+    dataset: SiteDataset
     trainer: Trainer
     template: Tensors
     states: SiteStates
@@ -68,8 +69,7 @@ class Site:
         self.events = events
         self.device = choose_device(config.compute.device)
         self._session: Session | None = None
-        self._dataset: tuple[DataConfig, SiteDataset] | None = None
-        self._checks: dict[str, SiteCheck] = {}
+        self.data = SiteData(config.alias, config.data, config.compute.cache_mb << 20)
         self._check_cancelled: Callable[[], None] = lambda: None
         self._last_progress = ("", 0.0)
 
@@ -107,12 +107,15 @@ class Site:
     def _hello(self, envelope: Envelope) -> Envelope:
         config = RunConfig.from_json(envelope.config)
         method = get_method(config.method)
-        self._ask_policy(method)
-        check = self._check(config.data)
+        policy.take_part(self.config.policy, self.alias, method)
+        self._phase(0, "check")
+        check = self.data.check(config.data)
         check.raise_errors()
         self._phase(0, "load")
-        self._open(envelope.run, envelope.config)
-        return self._reply(envelope, summary=check.summary().model_dump_json(), cases=self._count("training"))
+        session = self._open(envelope.run, envelope.config)
+        cases = session.dataset.counts["training"]
+        policy.enough_cases(self.config.policy, self.alias, cases)
+        return self._reply(envelope, summary=check.summary().model_dump_json(), cases=cases)
 
     def _round(self, envelope: Envelope) -> Envelope:
         session = self._open(envelope.run, envelope.config)
@@ -121,17 +124,14 @@ class Site:
         trainer.begin(self._context(envelope, session))
         saved = session.states.before(envelope.round)
         state = split_state(saved, "method") if saved else half.init(trainer)
-        if saved:
-            trainer.restore_optimizer(split_state(saved, "optimizer"))
-        else:
-            trainer.restore_optimizer(type(state)())
+        trainer.restore_optimizer(split_state(saved, "optimizer") if saved else State())
         clock = Clock()
         self._phase(envelope.round, "evaluate")
         hd95 = session.config.rounds.hd95 == "always"
         metrics = [
             self._evaluate(trainer, name, weights, "validation", envelope.round - 1, hd95=hd95)
             for name, weights in half.models(envelope.payloads, state).items()
-            if self._count("validation")
+            if session.dataset.counts["validation"]
         ]
         clock.lap("evaluate")
         self._phase(envelope.round, "train")
@@ -162,13 +162,15 @@ class Site:
         metrics = [
             self._evaluate(trainer, name, weights, split, envelope.round - 1, hd95=hd95)
             for split in ("validation", "test")
-            if self._count(split)
+            if session.dataset.counts[split]
             for name, weights in models.items()
         ]
         clock.lap("evaluate")
         self._keep(session, models, envelope)
         clock.lap("save")
-        return self._reply(envelope, metrics=metrics, cases=self._count("training"), seconds=clock.seconds)
+        return self._reply(
+            envelope, metrics=metrics, cases=session.dataset.counts["training"], seconds=clock.seconds
+        )
 
     def _keep(self, session: Session, models: dict[str, Tensors], envelope: Envelope) -> None:
         """Save the hospital's own model and example slices; neither leaves."""
@@ -177,17 +179,17 @@ class Site:
             folder = self.config.models or self.config.home / "models"
             name = f"personal-{self.alias}.safetensors"
             notes = {
-                "run": envelope.run,
                 "method": session.config.method,
+                "seed": str(session.config.seed),
                 "site": self.alias,
                 "round": str(envelope.round - 1),
             }
             size = write_tensors(folder / name, models[PERSONAL], notes)
             self.events.emit("model.saved", name=name, bytes=size, round=envelope.round - 1)
-        split = "test" if self._count("test") else "validation"
-        if self._count(split):
+        split = "test" if session.dataset.counts["test"] else "validation"
+        if session.dataset.counts[split]:
             count = save_slices(
-                self.config.home / "slices", self._data(), session.trainer, best, split=split, count=SLICES
+                self.config.home / "slices", session.dataset, session.trainer, best, split=split, count=SLICES
             )
             self.events.emit("slices.saved", round=envelope.round - 1, count=count)
 
@@ -201,20 +203,16 @@ class Site:
             )
         config = RunConfig.from_json(text)
         method = get_method(config.method)
-        self._ask_policy(method)
-        if self._dataset is None or self._dataset[0] != config.data:
-            self._dataset = (
-                config.data,
-                SiteDataset(self._datalist(), config.data, cache_bytes=self.config.compute.cache_mb << 20),
-            )
+        policy.take_part(self.config.policy, self.alias, method)
+        dataset = self.data.open(config.data)
         network = build_model(config.model, config.data, seed=config.seed)
         trainer = Trainer(
-            config, self._data(), network, parameter_groups(network), get_task(config.data, config.train),
+            config, dataset, network, parameter_groups(network), get_task(config.data, config.train),
             device=self.device, amp=self._amp(), check_cancelled=lambda: self._check_cancelled(), on_progress=self._progress,
         )  # fmt: skip
         half = method.site(method.parse(config.params))
         states = SiteStates(self.config.home / "state" / run)
-        self._session = Session(run, text, config, method, half, trainer, template(network), states)
+        self._session = Session(run, text, config, method, half, dataset, trainer, template(network), states)
         return self._session
 
     def _accept(self, envelope: Envelope, session: Session) -> None:
@@ -226,57 +224,7 @@ class Site:
     def _release(self, payloads: dict[str, Payload], session: Session, cases: int) -> None:
         """Check what is about to leave: the method's promise and the hospital's policy."""
         check_payloads(payloads, session.method.server.uplink, session.template, who=self.alias)
-        allowed = self.config.policy.kinds
-        for payload in payloads.values():
-            if "*" not in allowed and payload.kind not in allowed:
-                raise PolicyError(
-                    f"{self.alias}: the site's policy lets no payload of kind '{payload.kind}' out.",
-                    site=self.alias,
-                )
-        if cases < self.config.policy.min_cases:
-            raise PolicyError(
-                f"{self.alias}: {cases} training cases are fewer than the site's policy asks for ({self.config.policy.min_cases}).",
-                site=self.alias,
-            )
-
-    def _ask_policy(self, method: Method) -> None:
-        policy = self.config.policy
-        if "*" not in policy.methods and method.name not in policy.methods:
-            raise PolicyError(
-                f"{self.alias}: the site's policy does not take part in method '{method.name}'. {nearest(method.name, policy.methods)}",
-                site=self.alias,
-            )
-        for spec in method.server.uplink:
-            if "*" not in policy.kinds and spec.kind not in policy.kinds:
-                raise PolicyError(
-                    f"{self.alias}: method '{method.name}' sends payloads of kind '{spec.kind}', which the site's policy keeps in.",
-                    site=self.alias,
-                )
-        if self._count("training") < policy.min_cases:
-            raise PolicyError(
-                f"{self.alias}: {self._count('training')} training cases are fewer than the site's policy asks for "
-                f"({policy.min_cases}).", site=self.alias,
-            )  # fmt: skip
-
-    def _check(self, data: DataConfig) -> SiteCheck:
-        key = data.model_dump_json()
-        if key not in self._checks:
-            self._phase(0, "check")
-            self._checks = {key: check_site(self.config.data, self.alias, data)}
-        return self._checks[key]
-
-    def _datalist(self) -> Datalist:
-        return read_datalist(self.config.data, self.alias)
-
-    def _data(self) -> SiteDataset:
-        if self._dataset is None:
-            raise DataError(f"{self.alias}: no data is open yet.", site=self.alias)
-        return self._dataset[1]
-
-    def _count(self, split: str) -> int:
-        if self._dataset is not None:
-            return self._dataset[1].counts.get(split, 0)
-        return len(self._datalist().cases.get(split, ())) or self._datalist().table_rows(split)
+        policy.release(self.config.policy, self.alias, payloads.values(), cases)
 
     def _amp(self) -> bool:
         choice = self.config.compute.amp

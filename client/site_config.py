@@ -33,10 +33,10 @@ from common.errors import ConfigError
 class Compute(Strict):
     """Where and how the worker computes."""
 
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     amp: Literal["auto", "on", "off"] = "auto"
-    threads: int = Field(0, ge=0)
-    cache_mb: int = Field(2048, ge=0)
+    threads: int = Field(default=0, ge=0)
+    cache_mb: int = Field(default=2048, ge=0)
 
 
 class Policy(Strict):
@@ -44,7 +44,7 @@ class Policy(Strict):
 
     methods: tuple[str, ...] = ("*",)
     kinds: tuple[str, ...] = ("*",)
-    min_cases: int = Field(1, ge=1)
+    min_cases: int = Field(default=1, ge=1)
 
 
 class SiteConfig(Strict):
@@ -56,8 +56,8 @@ class SiteConfig(Strict):
     data: Path
     socket: Path
     home: Path
-    models: Path | None = Field(None, description="where personal models are written; home/models if unset")
-    events: Path | None = Field(None, description="events file; home/events-ALIAS.jsonl if unset")
+    models: Path | None = Field(default=None, description="where personal models are written; home/models if unset")
+    events: Path | None = Field(default=None, description="events file; home/events-ALIAS.jsonl if unset")
     compute: Compute = Compute()
     policy: Policy = Policy()
 

@@ -34,36 +34,36 @@ class DataConfig(Strict):
     """What every site's data must look like, and how it is brought to the network."""
 
     task: TaskName = "segmentation"
-    spatial_dims: Literal[0, 2, 3] = Field(3, description="3 volumes, 2 pictures, 0 tables")
+    spatial_dims: Literal[0, 2, 3] = Field(default=3, description="3 volumes, 2 pictures, 0 tables")
     channels: tuple[str, ...] = Field(
-        ("T1",), description="input channels (modalities), or the table's features"
+        default=("T1",), description="input channels (modalities), or the table's features"
     )
     labels: tuple[str, ...] = Field(
-        ("background", "foreground"), description="class names; index = label value"
+        default=("background", "foreground"), description="class names; index = label value"
     )
     spacing: tuple[float, ...] | None = Field(
-        None, description="target voxel spacing in mm; none keeps each site's own"
+        default=None, description="target voxel spacing in mm; none keeps each site's own"
     )
     orientation: str | None = Field(
-        None, description="axis codes that volumes are brought to, e.g. RAS; none keeps"
+        default=None, description="axis codes that volumes are brought to, e.g. RAS; none keeps"
     )
     patch: tuple[Size, ...] = Field(
-        (32, 32, 32), description="training patch (also sliding window) in voxels"
+        default=(32, 32, 32), description="training patch (also sliding window) in voxels"
     )
-    patches_per_case: int = Field(2, ge=1, description="patches drawn from a case per visit")
+    patches_per_case: int = Field(default=2, ge=1, description="patches drawn from a case per visit")
     foreground_ratio: float = Field(
-        0.5, ge=0, le=1, description="share of patches centred on a labelled voxel"
+        default=0.5, ge=0, le=1, description="share of patches centred on a labelled voxel"
     )
     normalise: Literal["case", "case-nonzero", "range", "none"] = Field(
-        "case",
+        default="case",
         description="z-score per case and channel, over all or non-zero voxels; 0-255 to 0-1; or as is",
     )
-    augment: bool = Field(True, description="random flips and small intensity changes")
+    augment: bool = Field(default=True, description="random flips and small intensity changes")
     missing: Literal["median", "zero"] = Field(
-        "median", description="tables: missing values, filled with the site's own"
+        default="median", description="tables: missing values, filled with the site's own"
     )
     spacing_tolerance: float = Field(
-        0.0, ge=0, description="refuse a case whose spacing is off by more than this ratio; 0 off"
+        default=0.0, ge=0, description="refuse a case whose spacing is off by more than this ratio; 0 off"
     )
 
     @model_validator(mode="after")
@@ -82,26 +82,26 @@ class DataConfig(Strict):
 class ModelConfig(Strict):
     """The network, by name, with its sizes."""
 
-    name: str = Field("auto", description="auto takes the task's default; see common/models")
-    width: int = Field(16, ge=1, description="channels of the first level")
-    levels: int = Field(3, ge=2, le=6, description="resolution levels of a U-shaped net")
+    name: str = Field(default="auto", description="auto takes the task's default; see common/models")
+    width: int = Field(default=16, ge=1, description="channels of the first level")
+    levels: int = Field(default=3, ge=2, le=6, description="resolution levels of a U-shaped net")
     norm: Literal["instance", "batch", "group", "none"] = "instance"
-    dropout: float = Field(0.0, ge=0, lt=1)
-    hidden: tuple[Size, ...] = Field((32,), description="hidden layers of the MLP")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    hidden: tuple[Size, ...] = Field(default=(32,), description="hidden layers of the MLP")
 
 
 class TrainConfig(Strict):
     """Local training."""
 
-    local_epochs: int = Field(1, ge=1, description="visits of each local case per round")
-    batch_size: int = Field(4, ge=1, description="patches or rows per step")
+    local_epochs: int = Field(default=1, ge=1, description="visits of each local case per round")
+    batch_size: int = Field(default=4, ge=1, description="patches or rows per step")
     optimizer: Literal["adam", "sgd", "adamw"] = "adam"
-    lr: float = Field(1e-3, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1, description="sgd")
-    weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float = Field(0.0, ge=0, description="gradient norm bound; 0 off")
+    lr: float = Field(default=1e-3, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd")
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float = Field(default=0.0, ge=0, description="gradient norm bound; 0 off")
     optimizer_state: Literal["fresh", "kept"] = Field(
-        "fresh", description="restart the optimiser every round, or keep it"
+        default="fresh", description="restart the optimiser every round, or keep it"
     )
     class_weights: tuple[float, ...] | None = None
 
@@ -109,18 +109,18 @@ class TrainConfig(Strict):
 class RoundConfig(Strict):
     """The federation's rhythm."""
 
-    rounds: int = Field(3, ge=1)
-    quorum: float = Field(1.0, gt=0, le=1, description="share of the sites a round needs")
-    deadline: float = Field(3600.0, gt=0, description="seconds a round waits for its sites")
+    rounds: int = Field(default=3, ge=1)
+    quorum: float = Field(default=1.0, gt=0, le=1, description="share of the sites a round needs")
+    deadline: float = Field(default=3600.0, gt=0, description="seconds a round waits for its sites")
     ready_timeout: float = Field(
-        300.0, gt=0, description="seconds the run waits for every site's first answer"
+        default=300.0, gt=0, description="seconds the run waits for every site's first answer"
     )
     sample: float = Field(
-        1.0, gt=0, le=1, description="share of the sites asked in a round, drawn with the run's seed"
+        default=1.0, gt=0, le=1, description="share of the sites asked in a round, drawn with the run's seed"
     )
-    poll: float = Field(0.05, gt=0, description="seconds between looks for replies")
+    poll: float = Field(default=0.05, gt=0, description="seconds between looks for replies")
     hd95: Literal["never", "end", "always"] = Field(
-        "end", description="when the slow surface distance is computed"
+        default="end", description="when the slow surface distance is computed"
     )
 
 
@@ -138,7 +138,7 @@ class RunConfig(Strict):
     version: Literal[1] = SCHEMA_VERSION
     method: str = "fedavg"
     params: dict[str, Any] = Field(default_factory=dict)
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     sites: tuple[str, ...] = ()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

@@ -52,6 +52,11 @@ class Federation:
         return RunConfig.from_mapping(self.settings)
 
 
+def is_alias(name: str) -> bool:
+    """Tell whether a name can be a site's alias: 1 to 64 letters, digits, dots, dashes and underscores."""
+    return _ALIAS.fullmatch(name) is not None
+
+
 def find_sites(root: Path) -> dict[str, Path]:
     """Return the site folders under a data root: alias to folder, sorted by alias.
 
@@ -69,7 +74,7 @@ def find_sites(root: Path) -> dict[str, Path]:
             detail=str(root),
         )
     for number, alias in enumerate(sites, 1):
-        if not _ALIAS.fullmatch(alias):
+        if not is_alias(alias):
             raise DataError(
                 f"The name of site folder number {number} cannot be an alias: use 1 to 64 letters, digits, "
                 "dots, dashes and underscores, beginning with a letter or digit. Rename the folder.",

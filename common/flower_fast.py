@@ -55,9 +55,12 @@ def apply(*, role: Role) -> list[str]:
     Returns:
         A warning for each wait that keeps Flower's own length, logged as well; empty if all were shortened.
     """
-    return _run(
-        {"supernode": (_sleeps, _retries), "relay": (_retries,), "server": (_retries, _log_flush)}[role]
-    )
+    patches: dict[str, tuple[Callable[[], None], ...]] = {
+        "supernode": (_sleeps, _retries, _silence, _lost_messages),
+        "relay": (_retries, _silence),
+        "server": (_retries, _silence, _log_flush),
+    }
+    return _run(patches[role])
 
 
 def use_installed_app(client_app: Any) -> list[str]:

@@ -196,13 +196,15 @@ class SiteWork(Protocol):
         ctx: The round's context, with this site's alias.
         model: The network on the site's device; `load` and `fit` change it.
         groups: Its parameter groups.
-        cases: Number of training cases at the site.
     """
 
     ctx: RoundContext
     model: nn.Module
     groups: Groups
-    cases: int
+
+    @property
+    def cases(self) -> int:
+        """Number of training cases at the site."""
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Load a complete state dict (CPU tensors) into the network."""

@@ -151,7 +151,7 @@ def encode_payload(payload: Payload) -> tuple[pb.PayloadHead, bytes]:
         if dtype not in DTYPES:
             raise PayloadError(f"Payload '{payload.name}' tensor '{name}' is {dtype}, which cannot travel.")
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-        data = memoryview(flat.view(torch.uint8).numpy()).cast("B") if flat.numel() else memoryview(b"")
+        data = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
         head.tensors.append(
             pb.TensorHead(name=name, dtype=dtype, shape=list(tensor.shape), offset=offset, nbytes=data.nbytes)
         )

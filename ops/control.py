@@ -16,6 +16,8 @@ from typing import NamedTuple, Self
 
 import grpc
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from flwr.cli.build import build_fab_from_files
+from flwr.cli.utils import collect_files
 from flwr.common.constant import Status, SubStatus
 from flwr.common.serde import fab_to_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
@@ -112,14 +114,10 @@ def bundle_from(app: Path) -> bytes:
     """
     if not (app / "pyproject.toml").is_file():
         raise ConfigError("The app's folder has no pyproject.toml.", detail=str(app))
-    from flwr.cli.utils import collect_files
-
     return _build(dict(collect_files(app.resolve())))
 
 
 def _build(files: Mapping[str, bytes | Path]) -> bytes:
-    from flwr.cli.build import build_fab_from_files  # a second of imports that watching a run does not need
-
     try:
         return build_fab_from_files(files)[0]
     except ValueError as error:

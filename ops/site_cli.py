@@ -15,9 +15,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from common.config import DataConfig
 from common.dataset_json import DATASET_FILE, SPLITS
-from common.errors import DataError
-from common.federation import find_sites, read_federation_file
+from common.errors import DataError, nearest
+from common.federation import find_sites, is_alias, read_federation_file
 
 if TYPE_CHECKING:
     from client.data.check import SiteCheck
@@ -64,6 +65,8 @@ def check(
     the same image twice (also across the split), empty classes, intensities.
     Nothing is written into the data folder; nothing leaves this machine.
 
+    DIR is one site's data folder, or a folder that holds several of them.
+
     [bold]Examples[/bold]
 
       one site:                   wardround site check /data/liver
@@ -82,45 +85,50 @@ def check(
 
     Exit code: 0 no errors, 3 errors found.
     """
-    from client.data.check import check_site
-
     console = Console()
     config = read_federation_file(against).config().data if against is not None else None
-    checks = []
-    for alias, folder in _sites(directory, site).items():
-        with _bar(console) as bar:
-            task = bar.add_task(f"{alias}: reading cases", total=None)
-
-            def advance(done: int, total: int, bar: Progress = bar, task: int = task) -> None:
-                bar.update(task, completed=done, total=total)  # type: ignore[arg-type]  # rich's TaskID is an int
-
-            found = check_site(folder, alias, config, progress=advance)
-        _show(found, console)
-        checks.append(found)
+    checks = [_checked(alias, folder, config, console) for alias, folder in _sites(directory, site).items()]
     if json_file is not None:
         _write_json(json_file, checks)
-        console.print(
-            f"Findings without identifiers: {escape(str(json_file))}", highlight=False, soft_wrap=True
-        )
+        said = f"Findings without identifiers: {escape(str(json_file))}"
+        console.print(said, highlight=False, soft_wrap=True)
     errors = sum(found.errors for found in checks)
     warnings = sum(len(found.problems) for found in checks) - errors
     verdict = "[bold red]not ready[/bold red]" if errors else "[bold green]ready[/bold green]"
-    console.print(
-        f"{verdict}: {len(checks)} site(s), {errors} error(s), {warnings} warning(s)", highlight=False
-    )
+    counts = f"{len(checks)} site(s), {errors} error(s), {warnings} warning(s)"
+    console.print(f"{verdict}: {counts}", highlight=False)
     if errors:
         raise typer.Exit(DataError.exit_code)
 
 
+def _checked(alias: str, folder: Path, config: DataConfig | None, console: Console) -> SiteCheck:
+    """Check one site with a progress bar, and show it."""
+    from client.data.check import check_site  # torch and MONAI: seconds that --help must not cost
+
+    with _bar(console) as bar:
+        task = bar.add_task(f"{alias}: reading cases", total=None)
+        found = check_site(
+            folder, alias, config, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    _show(found, console)
+    return found
+
+
 def _sites(directory: Path, site: str | None) -> dict[str, Path]:
     """Return the folders to check by alias."""
-    if (directory / DATASET_FILE).exists() or not directory.is_dir():
-        if not directory.is_dir():
+    if not directory.is_dir():
+        raise DataError(
+            "The data folder is not there. Give the folder that holds dataset.json.", detail=str(directory)
+        )
+    if (directory / DATASET_FILE).exists():
+        alias = site or directory.absolute().name
+        if not is_alias(alias):
             raise DataError(
-                "The data folder is not there. Give the folder that holds dataset.json.",
+                "The folder's name, or what --site gives, cannot be an alias: use 1 to 64 letters, digits, dots, "
+                "dashes and underscores. Give another one with --site.",
                 detail=str(directory),
             )
-        return {site or directory.absolute().name: directory}
+        return {alias: directory}
     if not any((path / DATASET_FILE).is_file() for path in directory.iterdir()):
         raise DataError(
             "The folder holds neither a dataset.json nor folders with one. Write one (docs/data.md).",
@@ -131,7 +139,7 @@ def _sites(directory: Path, site: str | None) -> dict[str, Path]:
         return found
     if site not in found:
         raise DataError(
-            f"There is no site '{site}' under the folder. Found: {', '.join(found)}.", detail=str(directory)
+            f"There is no site '{site}' under the folder. {nearest(site, found)}", detail=str(directory)
         )
     return {site: found[site]}
 

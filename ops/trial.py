@@ -46,6 +46,7 @@ START_SECONDS = 90.0
 REFRESH_SECONDS = 0.25
 MEMORY_SECONDS = 2.0
 INTERRUPTED = 130
+RAY_SECONDS = 15.0
 
 Fleet = Callable[
     [str, str], str
@@ -114,6 +115,9 @@ class Federation:
         for alias in aliases:
             self._control.register(pki.site_public[alias], site=alias)
         self._start_coordinator(addresses, pki)
+        # Submitted now, so that the ServerApp imports while the sites start: its roster waits for every site's first
+        # answer before round 1.
+        self._run = self._control.start_run(bundle(), {"wardround": self.plan.config.to_json()})
         self._start_network(addresses, pki)
         self.events.emit("trial.phase", phase="ready")
         for alias in aliases:
@@ -122,7 +126,6 @@ class Federation:
         nodes = [self.group.processes[f"supernode-{alias}"] for alias in aliases]
         self._wait(nodes, self._all_online, on_wait)
         self.events.emit("trial.phase", phase="run")
-        self._run = self._control.start_run(bundle(), {"wardround": self.plan.config.to_json()})
 
     def _start_workers(self) -> None:
         files = write_sites(self.plan, self.sockets, device=self.device, threads=self.threads)
@@ -316,6 +319,9 @@ def run_simulated(
                 group.poll()
                 time.sleep(REFRESH_SECONDS)
             runner.expected = True
+            limit = time.monotonic() + RAY_SECONDS
+            while runner.exit_code() is None and time.monotonic() < limit:  # Ray takes its own processes down
+                time.sleep(REFRESH_SECONDS)
             return end
         finally:
             events.emit("trial.phase", phase="stop")

@@ -66,7 +66,8 @@ class OrderedFold:
         self._early.clear()
 
     def _spool(self, parts: Parts) -> tempfile.SpooledTemporaryFile[bytes]:
-        file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY, dir=str(self._folder) if self._folder else None)  # noqa: SIM115 closed when folded
+        folder = str(self._folder) if self._folder else None
+        file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY, dir=folder)  # noqa: SIM115 closed when folded
         for frame in to_frames(parts):
             data = frame.SerializeToString()
             file.write(len(data).to_bytes(8, "little"))

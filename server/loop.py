@@ -18,6 +18,7 @@ from common.events import EventLog
 from common.frames import Parts
 from common.method import Accumulator, Groups, Method, Reply, RoundContext
 from common.payload import State, Tensors, check_payloads
+from common.proto.wardround_pb2 import Phase
 from common.tasks import divide
 from common.wire import CLOSING, ROUND, Envelope, MetricSet, bytes_by_kind, decode, encode
 from server.checkpoint import Checkpoints
@@ -136,7 +137,7 @@ class RoundLoop:
             )
 
     def _cycle(
-        self, number: int, phase: int, sites: list[str], acc: Accumulator | None
+        self, number: int, phase: Phase, sites: list[str], acc: Accumulator | None
     ) -> tuple[RoundLog, Accumulator]:
         started = time.monotonic()
         log = RoundLog()
@@ -170,7 +171,7 @@ class RoundLoop:
         return log, folded[0] if folded else Accumulator()
 
     def _ask_all(
-        self, number: int, phase: int, sites: list[str], deadline: float, log: RoundLog, order: OrderedFold
+        self, number: int, phase: Phase, sites: list[str], deadline: float, log: RoundLog, order: OrderedFold
     ) -> dict[str, str]:
         waiting: dict[str, str] = {}
         text = self.config.to_json()
@@ -213,7 +214,7 @@ class RoundLoop:
     def _take(
         self,
         number: int,
-        phase: int,
+        phase: Phase,
         site: str,
         answer: Answer,
         seconds: float,
@@ -249,7 +250,7 @@ class RoundLoop:
             )  # fmt: skip
         order.put(site, answer.parts)
 
-    def _check(self, envelope: Envelope, number: int, phase: int, site: str) -> None:
+    def _check(self, envelope: Envelope, number: int, phase: Phase, site: str) -> None:
         if (envelope.site, envelope.run, envelope.round, envelope.phase) != (site, self.run, number, phase):
             raise PayloadError(
                 f"{site}: answered as '{envelope.site[:64]}' for round {envelope.round}, asked was round {number}; the answer is refused.",
@@ -304,7 +305,7 @@ class RoundLoop:
         model = self.server.model(self.state)
         if self.checkpoints is None or model is None:
             return
-        notes = {"run": self.run, "method": self.method.name, "round": str(self.done)}
+        notes = {"method": self.method.name, "seed": str(self.config.seed), "round": str(self.done)}
         size = self.checkpoints.save_model("global.safetensors", model, notes)
         self.events.emit("model.saved", name="global.safetensors", bytes=size, round=self.done)
 

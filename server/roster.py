@@ -22,7 +22,7 @@ from common.errors import (
     safe_sentence,
 )
 from common.events import EventLog
-from common.site_summary import SiteSummary, mismatches
+from common.site_summary import SiteSummary, require_fit
 from common.wire import HELLO, Envelope, decode, encode
 from server.link import Answer, Link
 
@@ -173,10 +173,7 @@ class RosterCall:
             summary = SiteSummary.model_validate_json(envelope.summary)
         except ValueError as error:
             raise PayloadError(f"{alias}: its data summary cannot be read.", site=alias) from error
-        wrong = mismatches(summary, self.config.data)
-        if wrong:
-            said = "; ".join(f"{item.field}: expected {item.expected}, got {item.got}" for item in wrong)
-            raise MismatchError(f"{alias}: its data does not fit the run: {said}.", site=alias)
+        require_fit(summary, self.config.data)
         return summary
 
     def _refuse(self, alias: str, node: int, code: str, message: str) -> None:

@@ -28,6 +28,7 @@ from common.method import Method, Reply, RoundContext
 from common.methods import get_method
 from common.models import build_model, parameter_groups
 from common.payload import Tensors, check_payloads
+from common.proto.wardround_pb2 import Phase
 from common.tasks import divide
 from common.wire import CLOSING, ROUND, Envelope, decode, encode
 from server.checkpoint import Checkpoints
@@ -157,8 +158,8 @@ class MethodStrategy(Strategy):
                 total = sum(entry.cases.values())
                 mean = sum(entry.losses[site] * entry.cases[site] for site in entry.cases) / total
                 result.train_metrics_clientapp[number] = MetricRecord({"loss": mean})
-            if figures := mean_figures(entry.metrics):
-                result.evaluate_metrics_clientapp[number - 1] = MetricRecord(figures)
+            if means := mean_figures(entry.metrics):
+                result.evaluate_metrics_clientapp[number - 1] = MetricRecord(means)
         return result
 
     # The hooks of Flower's base class, for an app that drives its rounds by itself. ---------------------------------
@@ -209,7 +210,7 @@ class MethodStrategy(Strategy):
         )
         return MetricRecord(figures) if figures else None
 
-    def _messages(self, number: int, phase: int, kind: str, grid: Grid) -> Iterable[Message]:
+    def _messages(self, number: int, phase: Phase, kind: str, grid: Grid) -> Iterable[Message]:
         loop = self.loop or self.prepare(FlowerLink(grid))
         for site, node in loop.roster.nodes.items():
             context = RoundContext(self.run, number, self.config.rounds.rounds, self.config.seed, site)
@@ -260,7 +261,7 @@ def tensors_of(arrays: ArrayRecord) -> Tensors:
     return dict(arrays.to_torch_state_dict())
 
 
-def mean_figures(metrics: dict[str, list[Any]]) -> dict[str, float]:
+def mean_figures(metrics: dict[str, list[Any]]) -> dict[str, int | float | list[int] | list[float]]:
     """Return each figure's unweighted mean over the sites that have it, as `split/model/figure`."""
     found: dict[str, list[float]] = {}
     for sets in metrics.values():

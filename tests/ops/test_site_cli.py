@@ -73,6 +73,13 @@ def test_alias_replaces_the_folders_name(tmp_path):
     assert json.loads((tmp_path / "check.json").read_text())["sites"][0]["site"] == "alpha"
 
 
+def test_folder_name_that_is_no_alias_asks_for_one(tmp_path):
+    folder = segmentation_site(tmp_path / "Doe, Jane", cases=3)
+    assert "--site" in str(run("check", folder).exception)
+    assert "Doe" not in str(run("check", folder).exception)
+    assert run("check", folder, "--site", "alpha").exit_code == 0
+
+
 def test_against_a_run(tmp_path):
     folder = segmentation_site(tmp_path / "alpha", cases=3)
     labels = ["background", "tumour", "core"]

@@ -1,0 +1,59 @@
+"""The hospital's policy, enforced: which methods it takes part in and which payloads leave it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from client.site_config import Policy
+from common.errors import PolicyError, nearest
+from common.method import Method
+from common.payload import Payload
+
+ANY = "*"
+
+
+def take_part(policy: Policy, site: str, method: Method) -> None:
+    """Check that the site takes part in a method and lets its payloads out, before any work is done.
+
+    Raises:
+        PolicyError: It does not, naming the method or the payload kind.
+    """
+    if ANY not in policy.methods and method.name not in policy.methods:
+        raise PolicyError(
+            f"{site}: the site's policy does not take part in method '{method.name}'. "
+            f"{nearest(method.name, policy.methods)}",
+            site=site,
+        )
+    for spec in method.server.uplink:
+        if ANY not in policy.kinds and spec.kind not in policy.kinds:
+            raise PolicyError(
+                f"{site}: method '{method.name}' sends payloads of kind '{spec.kind}', which the site's policy keeps in.",
+                site=site,
+            )
+
+
+def enough_cases(policy: Policy, site: str, cases: int) -> None:
+    """Check that enough training cases stand behind what would leave.
+
+    Raises:
+        PolicyError: Too few, with both numbers.
+    """
+    if cases < policy.min_cases:
+        raise PolicyError(
+            f"{site}: {cases} training cases are fewer than the site's policy asks for ({policy.min_cases}).",
+            site=site,
+        )
+
+
+def release(policy: Policy, site: str, payloads: Iterable[Payload], cases: int) -> None:
+    """Check what is about to leave.
+
+    Raises:
+        PolicyError: A payload of a kind that stays in, or too few cases behind it.
+    """
+    for payload in payloads:
+        if ANY not in policy.kinds and payload.kind not in policy.kinds:
+            raise PolicyError(
+                f"{site}: the site's policy lets no payload of kind '{payload.kind}' out.", site=site
+            )
+    enough_cases(policy, site, cases)
