@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load, save
@@ -33,14 +34,19 @@ def write_bytes(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def tensor_bytes(tensors: Tensors, metadata: dict[str, str] | None = None) -> bytes:
-    """Return tensors as safetensors bytes. Same tensors, same bytes."""
-    return save({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata=metadata)
+def tensor_bytes(tensors: Tensors, notes: Mapping[str, str] | None = None) -> bytes:
+    """Return tensors as safetensors bytes. Same tensors, same bytes.
+
+    Notes go into one metadata entry as sorted JSON: safetensors keeps metadata in no fixed order.
+    """
+    own = {name: tensors[name].contiguous().clone() for name in sorted(tensors)}  # safetensors refuses shared memory
+    metadata = {"wardround": json.dumps(notes, sort_keys=True)} if notes else None
+    return save(own, metadata=metadata)
 
 
-def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> int:
+def write_tensors(path: Path, tensors: Tensors, notes: Mapping[str, str] | None = None) -> int:
     """Write a safetensors file atomically and return its size in bytes."""
-    data = tensor_bytes(tensors, metadata)
+    data = tensor_bytes(tensors, notes)
     write_bytes(path, data)
     return len(data)
 

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from common.errors import ConfigError, WardroundError
+from ops.failure import print_failure
 from ops.options import DEFAULT, Options
 
 app = typer.Typer(
@@ -24,7 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
-errors = Console(stderr=True)
 
 METHOD = Annotated[
     str, typer.Option("--method", "-m", help="Registered method; `wardround methods` lists them.")
@@ -182,6 +181,8 @@ def version() -> None:
 
 
 def _mount() -> None:
+    if app.registered_groups:  # main may be called more than once in a process
+        return
     from ops.data_cli import data_app
     from ops.report_cli import report, watch
     from ops.site_cli import site_app
@@ -198,13 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         app(args=argv, standalone_mode=True)
     except WardroundError as error:
-        errors.print(
-            f"[bold red]error[/bold red] ({error.code}): {escape(error.message)}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        if error.detail:
-            errors.print(error.detail, highlight=False, soft_wrap=True, style="dim", markup=False)
+        print_failure(error.code, error.message, error.detail)
         sys.exit(error.exit_code)
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from client.data.check import check_site
 from client.site_config import Compute, SiteConfig, write_site_config
-from common.errors import DataError
+from common.errors import DataError, WardroundError
 from common.events import EventLog
 from ops.options import DEFAULT, Options
 from ops.plan import DEFAULT_SITES, DEFAULT_SUBJECTS, Plan, data_root, has_default, make_plan
@@ -42,15 +42,19 @@ def prepare(
         console.print(
             f"Writing the default data once: {count} simulated hospitals on the MNI152 brain (real anatomy, simulated scanners)."
         )
-        with progress_bar(console) as bar:
-            task = bar.add_task("subjects", total=count * DEFAULT_SUBJECTS)
-            write_mni_trial(
-                root,
-                sites=count,
-                subjects=DEFAULT_SUBJECTS,
-                seed=options.seed,
-                progress=lambda *_: bar.advance(task),
-            )
+        try:
+            with progress_bar(console) as bar:
+                task = bar.add_task("subjects", total=count * DEFAULT_SUBJECTS)
+                write_mni_trial(
+                    root,
+                    sites=count,
+                    subjects=DEFAULT_SUBJECTS,
+                    seed=options.seed,
+                    progress=lambda *_: bar.advance(task),
+                )
+        except WardroundError:
+            if not has_default(root):  # another trial, started at the same time, may have written it
+                raise
     plan = make_plan(options, root, out, runtime=runtime)
     plan.command = command
     plan.write()

@@ -10,8 +10,9 @@ process id cannot be given to a stranger before its whole session has been clear
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,8 +32,12 @@ from common.events import EventLog
 TAIL_LINES = 15
 STOP_SECONDS = 10.0
 
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+# 1 is PR_SET_PDEATHSIG, 9 SIGKILL; the parent may have died before the call.
+_TIE = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
+    "os.getppid() == int(sys.argv[1]) or os._exit(1); "
+    "os.execvp(sys.argv[2], sys.argv[2:])"
+)
 _MB = 1024 * 1024
 
 
@@ -72,17 +77,19 @@ class Process:
         if threading.current_thread() is not threading.main_thread():
             raise WardroundError("A process of the trial must be started from the main thread.")
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, **self.env}
         with self.log.open("ab") as output:
             try:
+                if shutil.which(self.argv[0], path=environment.get("PATH")) is None:
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
                 self._popen = subprocess.Popen(
-                    list(self.argv),
+                    _tied(self.argv),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env={**os.environ, **self.env},
+                    env=environment,
                     cwd=self.cwd,
                     start_new_session=True,
-                    preexec_fn=_die_with_parent(os.getpid()),
                 )
             except (OSError, subprocess.SubprocessError) as error:
                 raise ProcessError(
@@ -250,8 +257,12 @@ class ProcessGroup:
             self._emit("process.ready", process, seconds=time.monotonic() - process.started)
 
     def stop(self, name: str, seconds: float = STOP_SECONDS) -> None:
-        """Stop one process: SIGTERM, then SIGKILL for what is left of it after `seconds`."""
+        """Stop one process: SIGTERM, then SIGKILL for what is left of it after `seconds`.
+
+        One that had ended by itself is cleared away, and `poll` does not complain of it any more.
+        """
         self._finish([self.processes[name]], seconds)
+        self.processes[name].expected = True
 
     def stop_all(self, seconds: float = STOP_SECONDS) -> None:
         """Stop all processes, the last started first.
@@ -357,15 +368,12 @@ def _high_water(pid: int) -> float:
     return 0.0
 
 
-def _die_with_parent(parent: int) -> Callable[[], None] | None:
-    """Return what a child runs before its program: die when the thread that started it dies."""
-    if _LIBC is None:
-        return None
-    libc = _LIBC
+def _tied(argv: Sequence[str]) -> list[str]:
+    """Return a command line that asks the kernel to kill it with its parent, then becomes the program.
 
-    def arm() -> None:  # between fork and exec: nothing here may take a lock
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # the parent died before the call
-            os._exit(1)
-
-    return arm
+    A function run between fork and exec would do without this detour, but it makes Python fork in earnest, and
+    gRPC's threads, which this process has, do not survive that: the child sometimes aborts before its program begins.
+    """
+    if sys.platform != "linux":
+        return list(argv)
+    return [sys.executable, "-I", "-S", "-c", _TIE, str(os.getpid()), *argv]

@@ -23,6 +23,7 @@ from rich.console import Console
 from common.errors import ProcessError, WardroundError, safe_sentence
 from common.events import EventLog, read_events
 from ops.control import ControlClient, bundle
+from ops.failure import print_failure
 from ops.flower_commands import (
     Addresses,
     Runtime,
@@ -344,46 +345,49 @@ def conduct(options: Options, work: Work, *, runtime: str, command: str, console
     out = new_run_folder(options)
     events = EventLog(out / "events-trial.jsonl", "trial", run=out.name)
     started = time.monotonic()
-    code, failure = 0, None
+    planned = False
+    failure: tuple[str, str] | None = None
+    code, detail = 0, ""
     try:
         with signals_as_interrupt():
             plan = prepare(options, out, runtime=runtime, command=command, events=events, console=console)
-            config = plan.config
-            events.emit(
-                "trial.start", method=config.method, task=config.data.task, data=plan.federation.name,
-                sites=list(plan.sites), rounds=config.rounds.rounds, runtime=runtime,
-            )  # fmt: skip
+            planned = True
+            tell_start(plan, events)
             with LiveView(out, console=console) as view:
                 end = work(plan, events, view.refresh)
                 view.refresh()
             if end.get("verdict") != "ok":
-                failure, code = (
-                    (str(end.get("code", "internal")), str(end.get("message", "the run failed"))),
-                    exit_code(end),
-                )
+                failure = (str(end.get("code", "internal")), str(end.get("message", "the run failed")))
+                code = exit_code(end)
     except KeyboardInterrupt:
         failure, code = (
             ("interrupted", "Stopped before the end; everything that was started is stopped."),
             INTERRUPTED,
         )
     except WardroundError as error:
-        failure, code = safe_sentence(error), error.exit_code
-        if error.detail:
-            console.print(error.detail, style="dim", markup=False, highlight=False, soft_wrap=True)
+        failure, code, detail = safe_sentence(error), error.exit_code, error.detail
     words = {"code": failure[0], "message": failure[1]} if failure else {}
     events.emit(
         "trial.end", verdict="failed" if failure else "ok", seconds=time.monotonic() - started, **words
     )
     events.close()
-    finish(out, console)
+    if planned:
+        write_report(out)
+        print_closing(out, console)
+    else:
+        shutil.rmtree(out, ignore_errors=True)  # nothing ran, so the name stays free for the next try
+    if failure:
+        print_failure(*failure, detail)
     return code
 
 
-def finish(out: Path, console: Console) -> None:
-    """Write the report of whatever happened and print the closing tables."""
-    if (out / "config.json").is_file():
-        write_report(out)
-    print_closing(out, console)
+def tell_start(plan: Plan, events: EventLog) -> None:
+    """Say what begins."""
+    config = plan.config
+    events.emit(
+        "trial.start", method=config.method, task=config.data.task, data=plan.federation.name,
+        sites=list(plan.sites), rounds=config.rounds.rounds, runtime=plan.runtime,
+    )  # fmt: skip
 
 
 def exit_code(end: dict[str, object]) -> int:

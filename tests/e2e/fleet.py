@@ -49,9 +49,8 @@ class Fleet:
         self.events.close()
         release_ports()
 
-    def start(self, *, online=None):
-        """Start everything and wait until the sites (or those given) are connected."""
-        registered = self.sites if online is None else online
+    def start(self):
+        """Start everything and wait until the sites are connected."""
         self.group.start(commands.superlink(self.addresses, self.pki, self.folder))
         env = {
             "ECHO_OUT": str(self.out),
@@ -63,11 +62,11 @@ class Fleet:
         for site in self.sites:
             self.start_relay(site)
         self.group.wait_ready("superlink", self.control.alive, SECONDS)
-        for site in registered:
+        for site in self.sites:
             self.control.register(self.pki.site_public[site], site=site)
         for site in self.sites:
             self.start_supernode(site)
-        names = [f"supernode-{site}" for site in registered]
+        names = [f"supernode-{site}" for site in self.sites]
         self.group.wait_ready(
             names, lambda: sum(node.online for node in self.control.nodes()) == len(names), SECONDS
         )

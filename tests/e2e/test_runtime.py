@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -179,42 +180,42 @@ def test_counted_bytes_are_those_of_the_wire(tmp_path, record_property):
                 record_property(f"{site}_{direction}_error", error)
                 assert abs(error) < 0.03, (site, direction, last, proxy.up, proxy.down)
             assert last["calls"] > 20
-            assert all(
-                late["t"] - soon["t"] > 0.9 for soon, late in zip(events[:-2], events[1:-1], strict=True)
-            )
+            assert all(late["t"] - soon["t"] > 0.9 for soon, late in pairwise(events[:-1]))
             assert all(event["site"] == site and event["process"] == "supernode" for event in events)
             assert [event["up"] for event in events] == sorted(event["up"] for event in events)
 
 
-def test_unregistered_key_is_refused_and_named(tmp_path):
-    with Fleet(tmp_path, ["oak", "elm"]) as fleet, pytest.raises(ProcessError) as caught:
-        fleet.start(online=["oak"])
-        fleet.group.wait_ready("supernode-elm", lambda: False, timeout=30)
-    assert "'supernode-elm' ended with code 10 (credential)" in str(caught.value)
-    assert caught.value.site == "elm"
-    assert "Site elm: the coordinator does not know this key" in caught.value.detail
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory):
+    return make_trial_pki(tmp_path_factory.mktemp("stranger"), ["oak"])
 
 
-def test_other_authority_is_refused_and_named(tmp_path):
-    other = make_trial_pki(tmp_path / "other", [])
-    with Fleet(tmp_path / "fleet", ["oak"]) as fleet, pytest.raises(ProcessError) as caught:
-        fleet.start()
-        fleet.group.stop("supernode-oak")
-        fleet.start_supernode("oak", ca=other.ca)
-        fleet.group.wait_ready("supernode-oak", lambda: False, timeout=30)
-    assert "'supernode-oak' ended with code 10 (credential)" in str(caught.value)
-    assert "was not signed by the authority given here" in caught.value.detail
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    with Fleet(tmp_path_factory.mktemp("refusing"), ["oak"]) as fleet:
+        yield fleet.start()
 
 
-def test_wrong_secret_is_refused_and_named(tmp_path):
-    other = make_trial_pki(tmp_path / "other", ["oak"])
-    with Fleet(tmp_path / "fleet", ["oak"]) as fleet, pytest.raises(ProcessError) as caught:
-        fleet.start()
-        fleet.group.stop("relay-oak")
-        fleet.start_relay("oak", site_secrets=other.site_secrets)
-        fleet.group.wait_ready("relay-oak", lambda: False, timeout=30)
-    assert "'relay-oak' ended with code 10 (credential)" in str(caught.value)
-    assert "refuses this launcher" in caught.value.detail
+@pytest.mark.parametrize(
+    ("name", "credential", "sentence"),
+    [
+        ("supernode-oak", "site_keys", "Site oak: the coordinator does not know this key"),
+        ("supernode-oak", "ca", "was not signed by the authority given here"),
+        ("relay-oak", "site_secrets", "The SuperNode refuses this launcher"),
+    ],
+)
+def test_credentials_of_a_stranger_are_refused_and_named(running, stranger, name, credential, sentence):
+    running.group.stop(name)
+    start = running.start_supernode if name.startswith("supernode") else running.start_relay
+    start("oak", **{credential: getattr(stranger, credential)})
+    with pytest.raises(ProcessError) as caught:
+        running.group.wait_ready(name, lambda: False, timeout=30)
+    running.group.stop(name)
+    start("oak")
+    assert f"'{name}' ended with code 10 (credential)" in str(caught.value)
+    assert caught.value.site == "oak"
+    assert sentence in caught.value.detail
+    assert running.run(rounds=1)[0]["same"] == 1
 
 
 def test_nothing_survives_a_trial_that_is_killed(tmp_path):

@@ -200,6 +200,10 @@ def test_name_can_be_used_again_after_the_end_only(group, tmp_path):
     first = group.processes["one"]
     os.kill(first.pid, signal.SIGKILL)
     assert gone([first.pid])
+    with pytest.raises(ProcessError):
+        group.poll()
+    group.stop("one")  # seen and cleared away
+    group.poll()
     second = group.start(python("import time; time.sleep(60)", tmp_path=tmp_path))
     group.poll()
     assert group.processes["one"] is second

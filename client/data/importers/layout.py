@@ -30,7 +30,7 @@ from client.data.split import split_by_group
 from common.config import TaskName
 from common.dataset_json import DATASET_FILE, SPLITS
 from common.errors import DataError
-from common.federation import FEDERATION_FILE, Federation, find_sites, read_federation, write_federation
+from common.federation import FEDERATION_FILE, find_sites, read_federation
 
 MARKER_FILE = ".wardround-data.json"
 FRACTIONS = {"validation": 0.2, "test": 0.2}
@@ -195,7 +195,13 @@ def refuse_occupied(out: Path, *, force: bool) -> None:
         return
     if not out.is_dir():
         raise DataError("OUT is a file; expected a new or empty folder.", detail=str(out))
-    if not any(out.iterdir()):
+    try:
+        empty = not any(out.iterdir())
+    except OSError as error:
+        raise DataError(
+            "OUT cannot be read by this account. Give another folder.", detail=str(error)
+        ) from error
+    if empty:
         return
     if not force:
         raise DataError(
@@ -229,11 +235,6 @@ def split_cases(groups: Sequence[str], strata: Sequence[int], *, seed: int, alia
             site=alias,
         )
     return split_by_group(groups, strata, FRACTIONS, seed=site_seed(seed, alias))
-
-
-def write_root_settings(root: Path, federation: Federation) -> None:
-    """Write `federation.json`."""
-    write_federation(root, federation)
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -1,16 +1,15 @@
 """Making sites out of one data set: by a table's column, by the images' intensity, or at random.
 
-    random               cases (subjects, where known) are shuffled with the seed and dealt to N sites of equal size
-    intensity            cases are sorted by the logarithm of a robust image maximum and cut into N runs at the widest
-                         gaps that leave every site a minimal size; site 1 is the darkest
-    column:NAME          one site per value of a column of a CSV file
-    missing-channel      (brats) one site per channel; each lacks one
-    label-ratio:A,B,...  (luna) one site per number: negatives per positive there
+random               cases (subjects, where known) are shuffled with the seed and dealt to N sites of equal size
+intensity            cases are sorted by the logarithm of a robust image maximum and cut into N runs at the widest
+                     gaps that leave every site a minimal size; site 1 is the darkest
+column:NAME          one site per value of a column of a CSV file
+missing-channel      (brats) one site per channel; each lacks one
+label-ratio:A,B,...  (luna) one site per number: negatives per positive there
 """
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from client.data.importers.kinds import FORMS
+from client.data.importers.tables import read_rows
 from common.errors import ConfigError, DataError, nearest
 
 DEFAULT_SITES = 3
@@ -26,13 +27,6 @@ MAX_SITES = 999
 # Columns that may hold a case's key, in the order in which they are looked for; else the first column.
 KEY_COLUMNS = ("id", "case", "subject_id", "seriesuid", "name")
 GROUP_COLUMN = "group"
-FORMS = {
-    "random": "random",
-    "intensity": "intensity",
-    "column": "column:NAME",
-    "missing-channel": "missing-channel",
-    "label-ratio": "label-ratio:1,2,4",
-}
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,9 @@ def parse_partition(text: str, allowed: Sequence[str]) -> Partition:
     kind = kind.strip().lower().replace("_", "-")
     forms = ", ".join(FORMS[name] for name in allowed)
     if kind not in allowed:
-        hint = nearest(kind, [FORMS[name] for name in allowed]) if kind not in FORMS else f"Known here: {forms}."
+        hint = (
+            nearest(kind, [FORMS[name] for name in allowed]) if kind not in FORMS else f"Known here: {forms}."
+        )
         raise ConfigError(f"--partition '{text}' cannot be used here. {hint}")
     if kind == "column":
         if not argument.strip():
@@ -165,18 +161,8 @@ def read_case_table(path: Path) -> dict[str, dict[str, str]]:
     Raises:
         DataError: Unreadable, empty, or a key that occurs twice.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            columns = [str(name) for name in reader.fieldnames or ()]
-            rows = [{str(k): (v or "").strip() for k, v in row.items() if k is not None} for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            "The table of cases cannot be read; expected a comma-separated file in UTF-8 with a header line.",
-            detail=f"{path}: {error}",
-        ) from error
-    if not rows:
-        raise DataError("The table of cases has no rows under its header line.", detail=str(path))
+    rows = read_rows(path, (), "the table of cases")
+    columns = list(rows[0])
     lower = {name.lower(): name for name in reversed(columns)}
     key = next((lower[name] for name in KEY_COLUMNS if name in lower), columns[0])
     table = {row[key]: row for row in rows}

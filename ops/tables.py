@@ -1,0 +1,5 @@
+"""scaffold"""
+
+
+def print_closing(out, console):
+    console.print("closing", out)
