@@ -10,7 +10,8 @@
     ├── QuorumError           too few sites contributed                               exit 8
     ├── ProcessError          a process of the trial ended or never became ready      exit 9
     ├── CredentialError       a key or certificate that does not match                exit 10
-    └── CancelledError        the work was cancelled from outside                     exit 11
+    ├── CancelledError        the work was cancelled from outside                     exit 11
+    └── TrainingError         local training went wrong (loss not finite)             exit 12
 
 `str(error)` is the safe sentence: it names site and case by alias only, never a path, a file name, a header
 value or the text of a foreign exception. What a person at the hospital needs beside it goes into `detail`,
@@ -111,6 +112,13 @@ class CancelledError(WardroundError):
 
     code = "cancelled"
     exit_code = 11
+
+
+class TrainingError(WardroundError):
+    """Local training went wrong: the loss is not a finite number."""
+
+    code = "training"
+    exit_code = 12
 
 
 def safe_sentence(error: BaseException) -> tuple[str, str]:

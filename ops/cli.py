@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from common.errors import ConfigError, WardroundError
+from common.errors import WardroundError
 from ops.failure import print_failure
 from ops.options import DEFAULT, Options
 
@@ -79,10 +79,8 @@ def trial(
     out: OUT = None,
     settings: SETTINGS = None,
     runtime: Annotated[
-        str,
-        typer.Option(
-            "--runtime", help="fast (pre-forked relays, short polls) or stock (Flower's own parts)."
-        ),
+        Literal["fast", "stock"],
+        typer.Option("--runtime", help="Pre-forked relays and short polls, or Flower's own parts."),
     ] = "fast",
     device: DEVICE = "auto",
     threads: Annotated[
@@ -97,14 +95,14 @@ def trial(
 
     [bold]Examples[/bold]
 
-      wardround trial                                   three simulated hospitals, FedAvg
-      wardround trial --method ditto --set lam=0.5      a personal model for each
-      wardround trial --data data/vessels --rounds 20   four real retinal-vessel sites
+      wardround trial                                    simulated hospitals
+
+      wardround trial --method ditto --set lam=0.5       a model for each one
+
+      wardround trial --data data/vessels --rounds 20    four real sites
     """
     from ops.trial import run_trial
 
-    if runtime not in {"fast", "stock"}:
-        raise ConfigError(f"--runtime '{runtime}' is unknown. Known: fast, stock.")
     options = _options(method, data, task, sites, rounds, local_epochs, seed, out, settings)
     raise typer.Exit(run_trial(options, runtime=runtime, device=device, threads=threads, command=_command()))
 

@@ -12,7 +12,7 @@ from urllib.parse import quote
 from common.federation import is_alias
 from ops import words
 from ops.plots import site_colour
-from ops.story import DIRECTIONS, DOWN, UP, Round, Story, mean_sd
+from ops.story import DIRECTIONS, DOWN, UP, Round, Story
 
 MOST_PICTURES = 8
 MOST_COLUMNS = 14
@@ -115,7 +115,8 @@ def _result_cards(story: Story) -> list[Card]:
         return [Card("Result", words.NOT_MEASURED, "No site told a figure.")]
     split, number = place
     finals = story.finals(own)
-    mean, sd = mean_sd(list(finals.values()))
+    mean = statistics.fmean(finals.values()) if finals else None
+    sd = statistics.stdev(finals.values()) if len(finals) > 1 else None
     where = f"{split} cases, after round {number}" if number else f"{split} cases, initial model"
     value = words.figure(primary, mean) + (f" ± {words.figure(primary, sd)}" if sd is not None else "")
     spread = "mean ± standard deviation over" if sd is not None else "of"
@@ -191,8 +192,13 @@ def bars(story: Story) -> list[Bar]:
     return rows
 
 
-def result_tables(story: Story) -> list[Table]:
-    """Return the final figures by site, model and class: one table, or one per figure where that would be too wide."""
+def result_tables(story: Story, *, apart: bool = False) -> list[Table]:
+    """Return the final figures by site, model and class.
+
+    Args:
+        story: What is told.
+        apart: One table per figure; done anyway where one table would have too many columns.
+    """
     rows = [
         (alias, model, found)
         for alias in story.sites
@@ -207,7 +213,7 @@ def result_tables(story: Story) -> list[Table]:
                 group.append(name)
     order = [name for name in words.FIGURES if name in names] + sorted(set(names) - set(words.FIGURES))
     groups = {base: sorted(names[base], key=lambda name: ("/" in name,)) for base in order}
-    wide = sum(len(group) for group in groups.values()) > MOST_COLUMNS
+    wide = apart or sum(len(group) for group in groups.values()) > MOST_COLUMNS
     tables = []
     for chosen in [[base] for base in order] if wide else [order] if order else []:
         columns = [name for base in chosen for name in groups[base]]

@@ -7,7 +7,6 @@ so the live view and the report see the same one.
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -298,18 +297,16 @@ class Story:
         return ""
 
     @property
-    def own_model(self) -> str:
-        """Which model is a hospital's own: the personal one where the method makes one, else the global one."""
-        kinds = {item.model for site in self.sites.values() for item in site.figures.values()}
-        if PERSONAL in kinds:
-            return PERSONAL
-        return GLOBAL if kinds else ""
-
-    @property
     def models_seen(self) -> list[str]:
         """The models that were evaluated, the global one first."""
         kinds = {item.model for site in self.sites.values() for item in site.figures.values()}
         return [kind for kind in (GLOBAL, PERSONAL) if kind in kinds] + sorted(kinds - {GLOBAL, PERSONAL})
+
+    @property
+    def own_model(self) -> str:
+        """Which model is a hospital's own: the personal one where the method makes one, else the global one."""
+        seen = self.models_seen
+        return PERSONAL if PERSONAL in seen else (seen or [""])[0]
 
     @property
     def overheads(self) -> list[float]:
@@ -401,9 +398,3 @@ class Story:
         counted = [of(alias, direction) for alias in self.sites]
         known = [size for size in counted if size is not None]
         return sum(known) if known and (len(known) == len(counted) or not wire) else None
-
-
-def mean_sd(values: list[float]) -> tuple[float | None, float | None]:
-    """Return mean and sample standard deviation; None where there are too few values."""
-    mean = statistics.fmean(values) if values else None
-    return mean, statistics.stdev(values) if len(values) > 1 else None

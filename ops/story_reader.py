@@ -20,6 +20,7 @@ from ops.story_events import Event, add, fill_from_config, number
 
 CONFIG_FILE = "config.json"
 EVENT_FILES = "events*.jsonl"
+SERVER_FILE = "events.jsonl"
 _LONGEST = 2000
 
 
@@ -89,7 +90,8 @@ class RunReader:
         for path in sorted(self.folder.glob(EVENT_FILES)):
             self._tails.setdefault(path.name, Tail(path))
         new: list[tuple[float, Event]] = []
-        for _, tail in sorted(self._tails.items()):
+        # At the same instant the server speaks first: the command only reacts to it.
+        for _, tail in sorted(self._tails.items(), key=lambda item: (item[0] != SERVER_FILE, item[0])):
             latest = -math.inf
             for event in tail.poll():
                 # A file's own order is kept even where its clock was set back.

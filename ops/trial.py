@@ -86,7 +86,6 @@ class Federation:
         self.sockets: dict[str, Path] = {}
         self._fleet = fleet or (lambda site, address: address)
         self._short: Path | None = None
-        self._ports: list[int] = []
         self._control: ControlClient | None = None
         self._run = 0
         self._memory_at = 0.0
@@ -110,6 +109,7 @@ class Federation:
         self.sockets = {alias: self._short / f"{index}.sock" for index, alias in enumerate(aliases)}
         link = self.group.start(superlink(addresses, pki, self.logs))
         self._start_workers()
+        relays = self._start_relays(pki)
         self._control = ControlClient(addresses.control, pki.ca)
         self._wait([link], self._control.alive, on_wait)
         self.events.emit("trial.phase", phase="register")
@@ -119,7 +119,7 @@ class Federation:
         # Submitted now, so that the ServerApp imports while the sites start: its roster waits for every site's first
         # answer before round 1.
         self._run = self._control.start_run(bundle(), {"wardround": self.plan.config.to_json()})
-        self._start_network(addresses, pki)
+        self._start_network(addresses, pki, relays)
         self.events.emit("trial.phase", phase="ready")
         for alias in aliases:
             worker = self.group.processes[f"worker-{alias}"]
@@ -145,18 +145,25 @@ class Federation:
         }
         self.group.start(server_superexec(addresses, pki, self.logs, env=env))
 
-    def _start_network(self, addresses: Addresses, pki: TrialPki) -> None:
-        self._ports = free_ports(len(self.plan.sites))
-        for alias, port in zip(self.plan.sites, self._ports, strict=True):
-            appio = f"{LOOPBACK}:{port}"
+    def _start_relays(self, pki: TrialPki) -> dict[str, str]:
+        """Start the relay launchers and return the address at which each waits for its SuperNode."""
+        addresses = {}
+        for alias, port in zip(self.plan.sites, free_ports(len(self.plan.sites)), strict=True):
+            addresses[alias] = f"{LOOPBACK}:{port}"
+            self.group.start(
+                relay_launcher(alias, pki, self.logs, clientappio=addresses[alias], runtime=self.runtime)
+            )
+        return addresses
+
+    def _start_network(self, addresses: Addresses, pki: TrialPki, relays: dict[str, str]) -> None:
+        for alias, clientappio in relays.items():
             self.group.start(
                 supernode(
-                    alias, pki, self.logs, fleet=self._fleet(alias, addresses.fleet), clientappio=appio,
+                    alias, pki, self.logs, fleet=self._fleet(alias, addresses.fleet), clientappio=clientappio,
                     node_config={"site": alias, "worker": str(self.sockets[alias])}, runtime=self.runtime,
                     events=self.plan.out / f"events-{alias}-net.jsonl",
                 )
             )  # fmt: skip
-            self.group.start(relay_launcher(alias, pki, self.logs, clientappio=appio, runtime=self.runtime))
 
     def _all_online(self) -> bool:
         assert self._control is not None

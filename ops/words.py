@@ -152,7 +152,7 @@ def figure(name: str, value: float | None, *, signed: bool = False) -> str:
     if value is None:
         return NONE
     digits = 2 if base(name) in _UNBOUNDED else 3
-    return f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+    return (f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}").replace("-", "\N{MINUS SIGN}")
 
 
 def base(name: str) -> str:

@@ -47,7 +47,13 @@ class Fleet:
         self.control.close()
         self.group.stop_all()
         self.events.close()
-        release_ports()
+        addresses = [
+            self.addresses.fleet,
+            self.addresses.control,
+            self.addresses.serverappio,
+            *self.appio.values(),
+        ]
+        release_ports([int(address.rpartition(":")[2]) for address in addresses])
 
     def start(self):
         """Start everything and wait until the sites are connected."""
