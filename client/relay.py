@@ -27,7 +27,13 @@ app = ClientApp()
 
 CONNECT_SECONDS = 20.0  # a worker that is being restarted gets this long to come back
 WIRE_SCHEMA = 1
-MAX_METADATA = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),  # gRPC's own waits would miss a restarted worker for seconds
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+]
 
 
 def call_worker(
@@ -46,7 +52,7 @@ def call_worker(
         WorkerError: No worker there, it went away, or the time was over.
         PayloadError: The answer broke off.
     """
-    with grpc.insecure_channel(f"unix:{socket}", options=MAX_METADATA) as channel:
+    with grpc.insecure_channel(f"unix:{socket}", options=CHANNEL_OPTIONS) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=connect)
         except grpc.FutureTimeoutError as error:

@@ -19,6 +19,7 @@ min_cases = 1                   # training cases below which nothing leaves
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Literal
@@ -75,9 +76,9 @@ def read_site_config(path: Path) -> SiteConfig:
         raise ConfigError(
             f"The site's configuration cannot be read ({error.strerror}).", detail=str(path)
         ) from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOML's own complaint, or bytes that are not UTF-8
         raise ConfigError(
-            f"The site's configuration is not valid TOML: {error}.", detail=str(path)
+            "The site's configuration is not valid TOML in UTF-8. Correct the line.", detail=f"{path}: {error}"
         ) from error
     return checked(SiteConfig, mapping)
 
@@ -85,4 +86,8 @@ def read_site_config(path: Path) -> SiteConfig:
 def write_site_config(config: SiteConfig, path: Path) -> None:
     """Write a site.toml."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(
+        tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8"
+    )
+    os.replace(temporary, path)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 from pathlib import Path
 
 from common.payload import State
-from common.store import read_state, write_state
+from common.store import keep_rounds, read_state, saved_rounds, state_folder, write_state
 
 KEEP = 2
-_ROUND = re.compile(r"round-(\d{6})$")
 
 
 class SiteStates:
@@ -25,10 +22,7 @@ class SiteStates:
 
     def rounds(self) -> list[int]:
         """Return the rounds that have a state, ascending."""
-        if not self.folder.is_dir():
-            return []
-        found = (_ROUND.match(entry.name) for entry in self.folder.iterdir())
-        return sorted(int(match.group(1)) for match in found if match)
+        return saved_rounds(self.folder)
 
     def before(self, round_: int) -> State | None:
         """Return the newest state older than a round (a site may have sat out some), or None.
@@ -37,18 +31,12 @@ class SiteStates:
             PayloadError: The saved state is incomplete or altered.
         """
         older = [number for number in self.rounds() if number < round_]
-        return read_state(self._path(older[-1])) if older else None
+        return read_state(state_folder(self.folder, older[-1])) if older else None
 
     def write(self, round_: int, state: State) -> None:
         """Save the state after a round; states of later rounds (of an abandoned continuation) and old ones go."""
-        write_state(self._path(round_), state)
-        numbers = self.rounds()
-        older = [number for number in numbers if number <= round_]
-        for number in [*older[:-KEEP], *(number for number in numbers if number > round_)]:
-            shutil.rmtree(self._path(number), ignore_errors=True)
-
-    def _path(self, round_: int) -> Path:
-        return self.folder / f"round-{round_:06d}"
+        write_state(state_folder(self.folder, round_), state)
+        keep_rounds(self.folder, round_, KEEP)
 
 
 def join_states(**parts: State) -> State:

@@ -39,6 +39,7 @@ from common.wire import WIRE_SCHEMA
 log = logging.getLogger("wardround.worker")
 HANDLERS = 4  # one works, the others answer health and refuse politely
 STOP_SECONDS = 5.0
+PROBE_SECONDS = 2.0
 
 
 class Service(WorkerServicer):
@@ -59,7 +60,8 @@ class Service(WorkerServicer):
         """Do one message's work."""
         alias = dict(context.invocation_metadata()).get("wardround-site", "")
         gone = threading.Event()
-        context.add_callback(gone.set)
+        if not context.add_callback(gone.set):  # the relay went away before the work began
+            gone.set()
         yield from to_frames(self.answer(alias, request_iterator, gone))
 
     def answer(self, alias: str, frames: Iterable[pb.Frame], gone: threading.Event) -> Parts:
@@ -96,10 +98,9 @@ class Service(WorkerServicer):
             return failure(error, name)
 
     def _site(self, alias: str) -> Site:
-        if alias.startswith("partition:"):
-            index = int(alias.removeprefix("partition:"))
-            if index < len(self.sites):
-                return list(self.sites.values())[index]
+        index = alias.removeprefix("partition:")
+        if index != alias and index.isascii() and index.isdigit() and int(index) < len(self.sites):
+            return list(self.sites.values())[int(index)]
         if alias in self.sites:
             return self.sites[alias]
         raise WorkerError(
@@ -128,24 +129,39 @@ def claim_socket(path: Path) -> None:
     """Make the socket's folder and take away a dead worker's socket.
 
     Raises:
-        ConfigError: Another worker answers there, or the path is too long for a Unix socket.
+        ConfigError: Another worker answers there, the path holds something else or is too long for a Unix socket.
     """
     if len(os.fsencode(path)) > 100:
         raise ConfigError(
             "The worker's socket path is too long for a Unix socket (100 bytes). Choose a shorter one.",
             detail=str(path),
         )
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if path.exists():
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not os.path.lexists(path):
+            return
+        if not path.is_socket():
+            raise ConfigError(
+                "The worker's socket path holds something that is no socket; it is left alone. Choose another path.",
+                detail=str(path),
+            )
         with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(PROBE_SECONDS)
             try:
                 probe.connect(str(path))
-            except OSError:
+            except ConnectionRefusedError:
                 path.unlink()
                 return
+            except TimeoutError:
+                pass  # it is busy, not dead
+    except OSError as error:
         raise ConfigError(
-            "Another worker already answers on this site's socket. Stop it first.", detail=str(path)
-        )
+            "The worker's socket cannot be opened. Check the folder's permissions.",
+            detail=f"{path}: {error}",
+        ) from error
+    raise ConfigError(
+        "Another worker already answers on this site's socket. Stop it first.", detail=str(path)
+    )
 
 
 def make_server(service: Service, path: Path) -> tuple[grpc.Server, health.HealthServicer]:
@@ -173,13 +189,11 @@ def build_sites(configs: list[SiteConfig]) -> dict[str, Site]:
     """Make the sites of this process.
 
     Raises:
-        ConfigError: Two sites with one alias, or with different sockets.
+        ConfigError: Two sites with one alias or one home, or with different sockets.
     """
-    if (
-        len({config.alias for config in configs}) != len(configs)
-        or len({config.socket for config in configs}) != 1
-    ):
-        raise ConfigError("Sites of one worker need different aliases and the same socket.")
+    aliases, homes = {config.alias for config in configs}, {config.home.absolute() for config in configs}
+    if not len(aliases) == len(homes) == len(configs) or len({config.socket for config in configs}) != 1:
+        raise ConfigError("Sites of one worker need different aliases, different homes and the same socket.")
     sites = {}
     for config in configs:
         config.home.mkdir(parents=True, exist_ok=True)

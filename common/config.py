@@ -22,12 +22,13 @@ T = TypeVar("T", bound=BaseModel)
 
 TaskName = Literal["segmentation", "classification", "tabular"]
 Size = Annotated[int, Field(ge=1)]
+Spacing = Annotated[float, Field(gt=0)]
 
 
 class Strict(BaseModel):
-    """Frozen pydantic model that refuses unknown keys."""
+    """Frozen pydantic model that refuses unknown keys and numbers that are not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(Strict):
@@ -41,7 +42,7 @@ class DataConfig(Strict):
     labels: tuple[str, ...] = Field(
         default=("background", "foreground"), description="class names; index = label value"
     )
-    spacing: tuple[float, ...] | None = Field(
+    spacing: tuple[Spacing, ...] | None = Field(
         default=None, description="target voxel spacing in mm; none keeps each site's own"
     )
     orientation: str | None = Field(
@@ -76,6 +77,11 @@ class DataConfig(Strict):
             raise ValueError(f"spacing has {len(self.spacing)} values, spatial_dims is {self.spatial_dims}")
         if len(self.labels) < 2:
             raise ValueError("labels needs at least two classes")
+        if not self.channels:
+            raise ValueError("channels needs at least one name")
+        for what, names in (("channels", self.channels), ("labels", self.labels)):
+            if len(set(names)) < len(names):
+                raise ValueError(f"{what} names one twice")
         return self
 
 
@@ -161,9 +167,10 @@ class RunConfig(Strict):
         """Read the JSON form; an empty text gives the defaults."""
         try:
             mapping = json.loads(text) if text.strip() else {}
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # ValueError alone: a number of thousands of digits
+            line = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
             raise ConfigError(
-                f"The run configuration is not JSON (line {error.lineno}). Write it with `wardround trial`."
+                f"The run configuration is not JSON{line}. Write it with `wardround trial`."
             ) from error
         if not isinstance(mapping, dict):
             raise ConfigError(f"The run configuration must be a JSON object, got {type(mapping).__name__}.")
@@ -228,7 +235,7 @@ def parse_value(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         pass
     if "," in value:
         return [parse_value(part.strip()) for part in value.split(",")]
@@ -261,9 +268,15 @@ def checked(model: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
 
 
 def _snake(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key).replace("-", "_"): _snake(item) for key, item in value.items()}
-    return value
+    if not isinstance(value, Mapping):
+        return value
+    normal = {}
+    for key, item in value.items():
+        name = str(key).replace("-", "_")
+        if name in normal:
+            raise ConfigError(f"Key '{name}' is given twice, with dashes and with underscores. Keep one.")
+        normal[name] = _snake(item)
+    return normal
 
 
 def _owner(model: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel]:

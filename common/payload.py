@@ -11,6 +11,7 @@ and JSON.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -136,6 +137,9 @@ def check_payloads(payloads: Payloads, specs: Iterable[PayloadSpec], template: T
         if spec.like_model:
             check_like(payload.tensors, template, who=who, what=spec.name)
         check_finite(payload.tensors, who=who, what=spec.name)
+        for key, value in payload.meta.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise PayloadError(f"{who}: '{spec.name}' note '{key}' is not finite.", site=who)
 
 
 def check_like(tensors: Mapping[str, Tensor], template: Template, *, who: str, what: str) -> None:

@@ -8,6 +8,7 @@ message of another version is refused with both values.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,8 @@ from common.payload import Kind, Payload, Payloads, Scalar
 from common.proto import wardround_pb2 as pb
 
 WIRE_SCHEMA = 1
+MAX_DIMS = 64
+MAX_VALUES = 1 << 59  # beyond it torch overflows where it counts strides, even of a tensor without values
 HELLO, ROUND, CLOSING = pb.HELLO, pb.ROUND, pb.CLOSING
 
 DTYPES: dict[str, torch.dtype] = {
@@ -106,7 +109,7 @@ def read_header(parts: Parts) -> pb.Header:
         raise PayloadError("The message's header cannot be parsed.") from error
     if header.schema != WIRE_SCHEMA:
         raise MismatchError(
-            f"Wire schema {header.schema} (software {header.software or 'unknown'}) met schema {WIRE_SCHEMA} "
+            f"Wire schema {header.schema} (software {_shown(header.software) or 'unknown'}) met schema {WIRE_SCHEMA} "
             f"(software {common.__version__}): install the same version at both ends."
         )
     return header
@@ -122,11 +125,12 @@ def decode(parts: Parts) -> Envelope:
     header = read_header(parts)
     expected = {"head", "config", "metrics", "summary"} | {f"p.{head.name}" for head in header.payloads}
     if surplus := parts.keys() - expected:
-        raise PayloadError(f"The message has parts that its header does not name: {sorted(surplus)[:3]}.")
+        names = [_shown(name) for name in sorted(surplus)[:3]]
+        raise PayloadError(f"The message has parts that its header does not name: {names}.")
     payloads: Payloads = {}
     for head in header.payloads:
         if head.name in payloads:
-            raise PayloadError(f"Payload '{head.name}' is named twice.")
+            raise PayloadError(f"Payload '{_shown(head.name)}' is named twice.")
         payloads[head.name] = decode_payload(head, parts.get(f"p.{head.name}"))
     return Envelope(
         run=header.run, round=header.round, phase=header.phase, site=header.site, rounds=header.rounds,
@@ -171,7 +175,7 @@ def decode_payload(head: pb.PayloadHead, blob: bytes | None) -> Payload:
     Raises:
         PayloadError: Missing or altered bytes, unknown kind, codec or dtype, sizes that do not add up.
     """
-    name = head.name
+    name = _shown(head.name)
     if blob is None:
         raise PayloadError(f"Payload '{name}' is named in the header but its bytes are missing.")
     if len(blob) != head.nbytes:
@@ -181,11 +185,11 @@ def decode_payload(head: pb.PayloadHead, blob: bytes | None) -> Payload:
             f"Payload '{name}' does not have the checksum of its header: it was altered on the way."
         )
     if head.codec != "raw":
-        raise PayloadError(f"Payload '{name}' has the unknown codec '{head.codec}'; known: raw.")
+        raise PayloadError(f"Payload '{name}' has the unknown codec '{_shown(head.codec)}'; known: raw.")
     try:
         kind = Kind(head.kind)
     except ValueError as error:
-        raise PayloadError(f"Payload '{name}' is of the unknown kind '{head.kind}'.") from error
+        raise PayloadError(f"Payload '{name}' is of the unknown kind '{_shown(head.kind)}'.") from error
     tensors: dict[str, torch.Tensor] = {}
     end = 0
     for item in head.tensors:
@@ -193,19 +197,22 @@ def decode_payload(head: pb.PayloadHead, blob: bytes | None) -> Payload:
         end += item.nbytes
     if end != len(blob) or len(tensors) != len(head.tensors):
         raise PayloadError(f"Payload '{name}': its tensors do not fill its {len(blob)} bytes exactly.")
-    return Payload(name, kind, tensors, {key: _get_scalar(value) for key, value in head.meta.items()})
+    return Payload(head.name, kind, tensors, {key: _get_scalar(value) for key, value in head.meta.items()})
 
 
 def _tensor(item: pb.TensorHead, blob: bytes, offset: int, payload: str) -> torch.Tensor:
+    name = _shown(item.name)
     dtype = DTYPES.get(item.dtype)
     if dtype is None:
-        raise PayloadError(f"Payload '{payload}' tensor '{item.name}' has the unknown dtype '{item.dtype}'.")
-    count = 1
-    for size in item.shape:
-        count *= size
+        raise PayloadError(
+            f"Payload '{payload}' tensor '{name}' has the unknown dtype '{_shown(item.dtype)}'."
+        )
+    if len(item.shape) > MAX_DIMS or math.prod(max(size, 1) for size in item.shape) > MAX_VALUES:
+        raise PayloadError(f"Payload '{payload}' tensor '{name}' has a shape beyond all measure.")
+    count = math.prod(item.shape)
     if item.offset != offset or item.nbytes != count * dtype.itemsize or offset + item.nbytes > len(blob):
         raise PayloadError(
-            f"Payload '{payload}' tensor '{item.name}': shape {tuple(item.shape)} does not fit {item.nbytes} bytes."
+            f"Payload '{payload}' tensor '{name}': shape {tuple(item.shape)} does not fit {item.nbytes} bytes."
         )
     if count == 0:
         return torch.empty(tuple(item.shape), dtype=dtype)
@@ -213,8 +220,14 @@ def _tensor(item: pb.TensorHead, blob: bytes, offset: int, payload: str) -> torc
         memoryview(blob)[offset : offset + item.nbytes]
     )  # a copy of its own: aligned and writable
     if dtype is torch.bool and any(value > 1 for value in data):
-        raise PayloadError(f"Payload '{payload}' tensor '{item.name}' has bytes that are no booleans.")
+        raise PayloadError(f"Payload '{payload}' tensor '{name}' has bytes that are no booleans.")
     return torch.frombuffer(data, dtype=dtype).reshape(tuple(item.shape))
+
+
+def _shown(text: str) -> str:
+    """Return text of the other end as it may stand in a sentence: short, without control characters."""
+    cut = text[:64]
+    return cut if cut.isprintable() else ascii(cut)[1:-1]
 
 
 def _set_scalar(target: pb.Scalar, value: Scalar) -> None:

@@ -193,7 +193,8 @@ def default(
     """Write simulated hospitals on the MNI152 brain: real anatomy, simulated scanners and subjects, no download.
 
     OUT is a new or empty folder. The first hospital's scanner is clean, the second's has low contrast and shading,
-    the third's thick and noisy slices; further ones are drawn from the seed. `wardround trial` writes this data by itself where none is given.
+    the third's thick and noisy slices; further ones are drawn from the seed. `wardround trial` writes this data
+    by itself where none is given.
 
     [bold]Example[/bold]
 

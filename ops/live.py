@@ -21,6 +21,7 @@ from rich.text import Text
 
 from ops import words
 from ops.story import DIRECTIONS, Round, Site, Story
+from ops.story_events import integer, number
 from ops.story_reader import RunReader, Tail
 
 __all__ = ["LiveView", "Tail", "line_of", "panel"]
@@ -255,16 +256,16 @@ def line_of(event: dict[str, Any], story: Story) -> str | None:
         what = {"site.refused": "refused", "site.failed": "failed", "warning": "warning"}[name]
         message = str(event.get("message", "")).removeprefix(f"{site}: ")
         return _timed(event, story, f"{site or 'coordinator'} {what} ({event.get('code')}): {message}")
-    if name == "round.end" and event.get("round") in story.rounds:
-        return _timed(event, story, _round_line(story.rounds[event["round"]], story))
+    if name == "round.end" and (item := story.rounds.get(integer(event, "round") or 0)) is not None:
+        return _timed(event, story, _round_line(item, story))
     if name in {"run.end", "trial.end"}:
         return _timed(event, story, _end_line(name.partition(".")[0], story))
     return None
 
 
 def _timed(event: dict[str, Any], story: Story, text: str) -> str:
-    when = event.get("t")
-    since = when - story.begun if isinstance(when, int | float) and story.begun is not None else 0.0
+    when = number(event, "t")
+    since = when - story.begun if when is not None and story.begun is not None else 0.0
     return f"[{since:7.1f} s] {text}"
 
 

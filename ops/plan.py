@@ -94,6 +94,10 @@ def make_plan(options: Options, root: Path, out: Path, *, runtime: str) -> Plan:
     if options.local_epochs is not None:
         document["train"]["local_epochs"] = options.local_epochs
     config = RunConfig.from_mapping(document).with_settings(parse_settings(options.settings), method.params)
+    if config.method != method.name:
+        raise ConfigError(
+            f"--set method={config.method}: the method is chosen by --method, which says '{method.name}'."
+        )
     params = method.parse(config.params)
     config = config.model_copy(update={"params": params.model_dump(mode="json")})
     if options.task is not None and options.task != config.data.task:
@@ -111,7 +115,7 @@ def choose_sites(found: dict[str, Path], wanted: str | None) -> dict[str, Path]:
     """
     if wanted is None:
         return found
-    if wanted.isdigit():
+    if wanted.isdecimal():
         count = int(wanted)
         if not 1 <= count <= len(found):
             raise ConfigError(f"--sites {count}: the data has {len(found)} sites. Give 1 to {len(found)}.")
@@ -141,7 +145,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
 
 def default_root(options: Options) -> Path:
     """Return where the default data of these options lies or will lie: written once, used again."""
-    count = int(options.sites) if options.sites and options.sites.isdigit() else DEFAULT_SITES
+    count = int(options.sites) if options.sites and options.sites.isdecimal() else DEFAULT_SITES
     return Path("data") / f"mni152-{count}x{DEFAULT_SUBJECTS}-seed{options.seed}"
 
 
@@ -174,6 +178,8 @@ def new_run_folder(options: Options) -> Path:
         ConfigError: It holds another run already.
     """
     out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.method}"
+    if out.exists() and not out.is_dir():
+        raise ConfigError("--out names a file. Choose a folder.", detail=str(out))
     if out.exists() and any(out.iterdir()):
         raise ConfigError(
             "The run folder is not empty; a run never overwrites another. Choose another --out.",

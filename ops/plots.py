@@ -42,6 +42,7 @@ COLOURS = {
 SITE_COLOURS = [f"s{index}" for index in range(6)]
 STACK_COLOURS = [f"k{index}" for index in range(5)]
 MARKERS = "os^DvP"
+SHAPES = ("", "ring", "square")
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
 PHASE_ORDER = ("train", "personal", "evaluate", "load", "save", "encode", "decode", "send")
 LEAST_SHARE = 0.01
@@ -86,6 +87,11 @@ def light(name: str) -> str:
 def site_colour(story: Story, alias: str) -> str:
     """Return the CSS variable of a site's colour, by its place among the sites."""
     return SITE_COLOURS[list(story.sites).index(alias) % len(SITE_COLOURS)]
+
+
+def site_mark(story: Story, alias: str) -> tuple[str, str]:
+    """Return (CSS variable, CSS class) of a site's mark: after the colours are used up, the shape tells sites apart."""
+    return site_colour(story, alias), SHAPES[list(story.sites).index(alias) // len(SITE_COLOURS) % len(SHAPES)]
 
 
 def charts(story: Story) -> list[Chart]:
@@ -165,7 +171,7 @@ def seconds(story: Story) -> Chart:
         keys = _stack(panel, [_name(item) for item in rounds], layers)
         if any(item.overhead is not None for item in rounds):
             bottom = [sum(values[index] for values in layers.values()) for index in range(len(rounds))]
-            panel.bar(range(len(rounds)), over, 0.72, bottom=bottom, color=light("wait"), linewidth=0)
+            panel.bar(range(len(rounds)), over, _width(len(rounds)), bottom=bottom, color=light("wait"), linewidth=0)
             keys.append(Key("Framework and transport", "wait"))
         _panel(panel, "", "round")
         panel.set_ylabel("seconds")
@@ -250,13 +256,17 @@ def _stack(panel: Axes, names: Sequence[str], layers: dict[str, list[float]]) ->
     bottom = [0.0] * len(names)
     keys = []
     for colour, (label, values) in zip(STACK_COLOURS, layers.items(), strict=False):
-        panel.bar(range(len(names)), values, 0.72, bottom=bottom, color=light(colour), linewidth=0)
+        panel.bar(range(len(names)), values, _width(len(names)), bottom=bottom, color=light(colour), linewidth=0)
         bottom = [low + value for low, value in zip(bottom, values, strict=True)]
         keys.append(Key(label, colour))
     step = max(1, -(-len(names) // 16))
     shown = [index for index in range(len(names)) if index % step == 0 or index == len(names) - 1]
     panel.set_xticks(shown, [names[index] for index in shown])
     return keys
+
+
+def _width(bars: int) -> float:
+    return 0.72 if bars <= 60 else 1.0  # many thin bars with gaps would only flicker
 
 
 def _line(panel: Axes, story: Story, alias: str, series: dict[int, float]) -> None:

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from ops import report_view as view
 from ops import words
-from ops.plots import COLOURS, charts, site_colour
+from ops.plots import COLOURS, charts, site_mark
 from ops.story import Story
 from ops.story_reader import read_story
 
@@ -77,7 +77,7 @@ def context(story: Story, folder: Path) -> dict[str, Any]:
         "code": failure.code if failure else "",
         "advice": words.advice(failure.code) if failure else "",
         "facts": view.facts(story),
-        "colours": {alias: site_colour(story, alias) for alias in story.sites},
+        "marks": {alias: site_mark(story, alias) for alias in story.sites},
         "bars": view.bars(story),
         "cards": view.cards(story),
         "charts": charts(story),

@@ -336,8 +336,8 @@ def processes(story: Story) -> Table:
     return table
 
 
-def gallery(story: Story, folder: Path) -> list[tuple[str, str, list[Picture], str]]:
-    """Return (site, colour, pictures beside this page, sentence) of each site that wrote example slices."""
+def gallery(story: Story, folder: Path) -> list[tuple[str, list[Picture], str]]:
+    """Return (site, pictures beside this page, sentence) of each site that wrote example slices."""
     found = []
     for alias, site in story.sites.items():
         home = folder / "sites" / alias / "slices"
@@ -357,7 +357,7 @@ def gallery(story: Story, folder: Path) -> list[tuple[str, str, list[Picture], s
             if files
             else f"{words.plural(site.slices or 0, 'picture')} lie at the hospital and are not here."
         )
-        found.append((alias, site_colour(story, alias), pictures, sentence))
+        found.append((alias, pictures, sentence))
     return found
 
 

@@ -280,8 +280,9 @@ class Story:
 
     @property
     def completed(self) -> list[Round]:
-        """The training rounds whose end the server told and in which a site contributed."""
-        return [item for item in self.training if item.ended and item.contributed]
+        """The training rounds that were whole; a last round that missed its quorum is none."""
+        most = self.run_end.rounds if self.run_end and self.run_end.rounds is not None else float("inf")
+        return [item for item in self.training if item.ended and item.contributed and item.number <= most]
 
     @property
     def current(self) -> Round | None:
@@ -325,7 +326,7 @@ class Story:
     def final_place(self) -> tuple[str, int] | None:
         """Return (split, round) of the figures to be quoted as the result, None if there are none.
 
-        Test figures if there are any, else validation figures of the last round whose evaluation is whole.
+        Test figures if there are any, else validation figures of the last round that was evaluated in a whole round.
         """
         found = {(item.split, item.round) for site in self.sites.values() for item in site.figures.values()}
         test = [place for place in found if place[0] == TEST]
@@ -334,8 +335,8 @@ class Story:
         rounds = sorted(number for split, number in found if split == VALIDATION)
         if not rounds:
             return None
-        whole = [number for number in rounds if number + 1 in self.rounds and self.rounds[number + 1].ended]
-        return VALIDATION, (whole or rounds)[-1]
+        whole = {item.number - 1 for item in (*self.completed, *self.cycles[-1:]) if item in self.completed or item.closing}
+        return VALIDATION, ([number for number in rounds if number in whole] or rounds)[-1]
 
     def final(self, alias: str, model: str) -> Figures | None:
         """Return a site's figures to be quoted as its result."""

@@ -27,10 +27,11 @@ from ops.story import (
 
 Event = dict[str, Any]
 MOST_ROUNDS = 1_000_000
+LARGEST = 1e15  # beyond it nothing is seconds, bytes or a figure, and a curve could not be drawn
 
 
 def number(event: Mapping[str, Any], key: str) -> float | None:
-    """Return a finite number of an event, None if there is none."""
+    """Return a number of an event, None if there is none that can be meant."""
     value = event.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -38,7 +39,7 @@ def number(event: Mapping[str, Any], key: str) -> float | None:
         value = float(value)
     except OverflowError:
         return None
-    return value if math.isfinite(value) else None
+    return value if math.isfinite(value) and abs(value) <= LARGEST else None
 
 
 def integer(event: Mapping[str, Any], key: str) -> int | None:

@@ -110,7 +110,8 @@ def figure_tables(story: Story, *, apart: bool = False) -> list[Table]:
     after = f"after round {number}" if number else "of the initial model"
     found = []
     for content in view.result_tables(story, apart=apart):
-        table = _table(f"Final figures on {split} cases, {after}")
+        what = content.head[-1][0] if len(content.head) == 4 else "figures"
+        table = _table(f"Final {what} on {split} cases, {after}")
         groups = [title for title, span in content.head for _ in range(span)]
         for group, name in zip(groups, content.second, strict=True):
             title = group if name in ("", "all") else f"{group}\n{name}"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 from pathlib import Path
 
 from common.payload import State, Tensors
-from common.store import read_state, write_state, write_tensors
+from common.store import keep_rounds, read_state, saved_rounds, state_folder, write_state, write_tensors
 
 KEEP = 2
-_ROUND = re.compile(r"round-(\d{6})$")
 
 
 class Checkpoints:
@@ -26,16 +23,12 @@ class Checkpoints:
 
     def rounds(self) -> list[int]:
         """Return the rounds that have a checkpoint, ascending."""
-        if not self.folder.is_dir():
-            return []
-        found = (_ROUND.match(entry.name) for entry in self.folder.iterdir())
-        return sorted(int(match.group(1)) for match in found if match)
+        return saved_rounds(self.folder)
 
     def write(self, round_: int, state: State) -> int:
-        """Write the state after a round, drop older ones, and return its bytes."""
-        size = write_state(self.folder / f"round-{round_:06d}", state)
-        for old in self.rounds()[:-KEEP]:
-            shutil.rmtree(self.folder / f"round-{old:06d}", ignore_errors=True)
+        """Write the state after a round, drop older ones and those of an abandoned continuation, and return its bytes."""
+        size = write_state(state_folder(self.folder, round_), state)
+        keep_rounds(self.folder, round_, KEEP)
         return size
 
     def read(self, round_: int) -> State:
@@ -44,7 +37,7 @@ class Checkpoints:
         Raises:
             PayloadError: Missing, incomplete or altered.
         """
-        return read_state(self.folder / f"round-{round_:06d}")
+        return read_state(state_folder(self.folder, round_))
 
     def save_model(self, name: str, model: Tensors, notes: dict[str, str]) -> int:
         """Write a model into `models/` and return its bytes."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import common
@@ -22,6 +21,7 @@ from common.errors import (
     safe_sentence,
 )
 from common.events import EventLog
+from common.federation import is_alias
 from common.site_summary import SiteSummary, require_fit
 from common.wire import HELLO, Envelope, decode, encode
 from server.link import Answer, Link
@@ -88,30 +88,35 @@ class RosterCall:
             known = self.roster.nodes.keys() | self.roster.refused.keys()
             if expected and expected <= known:
                 break
-            settled = time.monotonic() - self._last_new > SETTLE_SECONDS and not self._tickets
+            settled = time.monotonic() - self._last_new > SETTLE_SECONDS and not self._open()
             if not expected and self.roster.nodes and settled:
                 break
             time.sleep(self.config.rounds.poll)
         return self._close(expected)
 
-    def _close(self, expected: Sequence[str] | set[str]) -> Roster:
-        silent = sorted(set(expected) - self.roster.nodes.keys() - self.roster.refused.keys())
-        needed = needed_sites(self.config, len(expected) or len(self.roster.nodes) + len(self.roster.refused))
+    def _open(self) -> bool:
+        """Return True while an answer is awaited or a node will be asked again."""
+        return bool(self._tickets) or any(again < float("inf") for again in self._asked.values())
+
+    def _close(self, expected: set[str]) -> Roster:
+        nodes, refused = self.roster.nodes, self.roster.refused
+        silent = sorted(expected - nodes.keys() - refused.keys())
+        needed = needed_sites(self.config, len(expected) or len(nodes.keys() | refused.keys()))
         for alias in silent:
             waited = f"{alias}: gave no first answer within {self.config.rounds.ready_timeout:.0f} s"
             message = self._trouble.get(alias, f"{waited}; is its SuperNode running and registered?")
             self.events.emit("site.refused", site=alias, code="silent", message=message)
-        if len(self.roster.nodes) < max(needed, 1):
-            if self.roster.refused:
-                raise MismatchError(" ".join(sentence for _, sentence in self.roster.refused.values()))
+        if len(nodes) < max(needed, 1):
+            said = " ".join([*(sentence for _, sentence in refused.values()), *self._trouble.values()])
+            if refused and (not expected or expected & refused.keys()):
+                raise MismatchError(f"{said} Silent: {', '.join(silent)}." if silent else said)
             raise QuorumError(
-                f"{len(self.roster.nodes)} of {len(expected) or 'any number of'} sites answered, {max(needed, 1)} are needed; "
-                f"silent: {', '.join(silent) or 'all'}. Check that each site's SuperNode and worker run, then start again."
+                f"{len(nodes)} of {len(expected) or 'any number of'} sites answered, {max(needed, 1)} are needed; "
+                f"silent: {', '.join(silent) or 'all'}. Check that each site's SuperNode and worker run, then start again. "
+                f"{said}".rstrip()
             )
-        order = [alias for alias in self.config.sites if alias in self.roster.nodes] or sorted(
-            self.roster.nodes
-        )
-        self.roster.nodes = {alias: self.roster.nodes[alias] for alias in order}
+        order = [alias for alias in self.config.sites if alias in nodes] or sorted(nodes)
+        self.roster.nodes = {alias: nodes[alias] for alias in order}
         return self.roster
 
     def _ask_new(self, limit: float) -> None:
@@ -120,27 +125,35 @@ class RosterCall:
             if now < self._asked.get(node, 0.0):
                 continue
             ticket = self.link.ask(node, self._parts, phase=HELLO, round=0, ttl=max(limit - now, 1.0))
-            self._asked[node] = float("inf")
+            self._asked[node] = float("inf") if ticket else now + RETRY_SECONDS
             self._last_new = now
             if ticket:
                 self._tickets[ticket] = node
 
     def _take(self, answer: Answer) -> None:
-        node = self._tickets.pop(answer.ticket)
+        node = self._tickets.pop(answer.ticket, None)
+        if node is None:  # answered already
+            return
         alias = f"node-{node % 10_000:04d}"
+        if answer.parts is None:
+            self._refuse(alias, node, "transport", f"{alias}: {answer.error}.")
+            return
         try:
-            if answer.parts is None:
-                raise PayloadError(f"{alias}: {answer.error}.")
             envelope = decode(answer.parts)
-            alias = self._alias(envelope, alias)
-            if envelope.failure:
-                self._refuse(alias, node, *envelope.failure)
+            if envelope.failure:  # first of all: a relay that cannot reach its worker may not know its alias
+                code, message = envelope.failure
+                known = envelope.site in self.config.sites or (
+                    not self.config.sites and is_alias(envelope.site)
+                )
+                self._refuse(envelope.site if known else alias, node, code[:40], message[:500])
                 return
-            if alias in self.roster.nodes and self.roster.nodes[alias] != node:
+            claimed = self._alias(envelope, alias)
+            if self.roster.nodes.get(claimed, node) != node:
                 raise MismatchError(
-                    f"{alias}: two nodes say they are this site; give each SuperNode its own alias.",
+                    f"{alias}: says it is '{claimed}', as another node does; give each SuperNode its own alias.",
                     site=alias,
                 )
+            alias = claimed
             summary = self._fit(alias, envelope)
         except WardroundError as error:
             self._refuse(alias, node, *safe_sentence(error))
@@ -159,14 +172,21 @@ class RosterCall:
             return alias
         if self.config.sites:
             raise MismatchError(
-                f"{fallback}: says it is '{alias[:64]}', which is not a site of this run ({', '.join(self.config.sites)})."
+                f"{fallback}: says it is '{ascii(alias[:64])[1:-1]}', which is not a site of this run ({', '.join(self.config.sites)})."
             )
-        return alias or fallback
+        if not is_alias(alias):
+            raise MismatchError(
+                f"{fallback}: its alias is not 1 to 64 letters, digits, dots, dashes and underscores; correct its site.toml."
+            )
+        return alias
 
     def _fit(self, alias: str, envelope: Envelope) -> SiteSummary:
+        if (envelope.run, envelope.phase) != (self.run, HELLO):
+            raise PayloadError(f"{alias}: answered something else than was asked.", site=alias)
         if envelope.software != common.__version__:
             raise MismatchError(
-                f"{alias}: runs wardround {envelope.software}, the coordinator {common.__version__}; install the same version.",
+                f"{alias}: runs wardround {ascii(envelope.software[:40])[1:-1]}, the coordinator {common.__version__}; "
+                "install the same version.",
                 site=alias,
             )
         try:

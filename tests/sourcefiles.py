@@ -83,14 +83,14 @@ def volume(path):
     return np.asanyarray(nib.load(path).dataobj)
 
 
-def msd_task(folder, scales, **keys):
+def msd_task(folder, scales, more=(), **keys):
     """Write a Decathlon task: case k has intensities up to about scales[k] and its number in the mask's first voxel."""
     training = []
     for index, scale in enumerate(scales):
         rng = np.random.default_rng(index)
         name = f"{PATIENT}_{index:03d}.nii.gz"
-        image = (scale * rng.uniform(0.1, 1.0, (17, 18, 33))).astype(np.float32)
-        label = np.zeros(image.shape, np.uint8)
+        image = (scale * rng.uniform(0.1, 1.0, (17, 18, 33, *more))).astype(np.float32)
+        label = np.zeros(image.shape[:3], np.uint8)
         label[4:9, 4:9, 4:9], label[0, 0, 0] = 1, index % 2
         save(folder / "imagesTr" / name, image, AFFINE)
         save(folder / "labelsTr" / name, label, AFFINE)

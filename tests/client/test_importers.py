@@ -19,6 +19,7 @@ from client.data.importers.partition import (
     cut_regimes,
     deal_random,
     neutral_groups,
+    numbered_aliases,
     parse_partition,
     read_case_table,
 )
@@ -122,6 +123,12 @@ def test_table_is_keyed_by_its_id_column_and_read_strictly(tmp_path):
     assert alias_of("CHASE_DB1") == "chase-db1"
 
 
+def test_numbered_aliases_sort_in_order():
+    assert numbered_aliases(3, "hospital") == ["hospital-1", "hospital-2", "hospital-3"]
+    names = numbered_aliases(101)
+    assert (names, len(names), names[9]) == (sorted(names), 101, "site-010")
+
+
 def test_neutral_groups_name_only_who_has_several_cases():
     assert neutral_groups(["x", "", "y", "x", "z", "z"]) == [
         "subject-0001", "", "", "subject-0001", "subject-0002", "subject-0002",
@@ -187,6 +194,15 @@ def test_msd_folder_and_archive_give_the_same_bytes_and_the_source_stays(tmp_pat
     assert first == digests(import_into("msd", archive, tmp_path / "b", sites=3, seed=4))
     assert first != digests(import_into("msd", archive, tmp_path / "c", sites=3, seed=5))
     assert digests(task) == before
+
+
+def test_msd_channels_in_a_fourth_axis(tmp_path):
+    keys = {"tensorImageSize": "4D", "modality": {"0": "T2", "1": "ADC"}}
+    task = msd_task(tmp_path / "task", [50.0] * 3 + [9e3] * 3, more=(2,), **keys)
+    root = import_into("msd", task, tmp_path / "root", partition="intensity", sites=2)
+    config = checked(root)
+    assert config.data.channels == ("T2", "ADC")
+    assert [len(entries(root, alias)) for alias in ("site-1", "site-2")] == [3, 3]
 
 
 def test_msd_table_gives_sites_and_keeps_subjects_together(tmp_path):

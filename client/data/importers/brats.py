@@ -50,7 +50,7 @@ BINARY_LABELS = ("background", "whole tumour")
 _ENDINGS = (("_t1", "-t1n"), ("_t1ce", "-t1c"), ("_t2", "-t2w"), ("_flair", "-t2f"))
 _MASKS = ("_seg", "-seg")
 # Enhancing tumour is 4 up to 2022 and 3 from 2023 on; no file has both.
-_CLASS = {0: 0, 1: 1, 2: 2, 3: 3, 4: 3}
+_CLASS = np.array([0, 1, 2, 3, 3], dtype=np.uint8)
 # "BraTS-GLI-00001-000" and "-001" are two scans of one person
 _TIMEPOINT = re.compile(r"(.+-\d{5})-\d{3}")
 
@@ -155,15 +155,15 @@ def class_map(values: np.ndarray, alias: str, *, binary: bool) -> np.ndarray:
     Raises:
         DataError: Another value.
     """
-    present = [float(value) for value in np.unique(values)]
-    if not all(value in _CLASS for value in present):
+    whole = values.astype(np.int64)
+    if values.size and (
+        int(whole.min()) < 0 or int(whole.max()) >= len(_CLASS) or bool((whole != values).any())
+    ):
         raise DataError(
-            f"{alias}: the mask has values other than 0, 1, 2 and 4 (or 3). Expected BraTS labels."
+            f"{alias}: the mask has values other than 0, 1, 2 and 4 (or 3). Expected BraTS labels.",
         )
-    result = np.zeros(values.shape, np.uint8)
-    for value in present:
-        result[values == value] = min(_CLASS[int(value)], 1) if binary else _CLASS[int(value)]
-    return result
+    classes = _CLASS[whole]
+    return np.minimum(classes, 1) if binary else classes
 
 
 def _is_mask(path: Path) -> bool:

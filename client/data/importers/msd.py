@@ -95,7 +95,7 @@ def run(source: Path, out: Path, options: ImportOptions, progress: Progress) -> 
         cases = labelled(folder, dataset)
         cases = [replace(case, group=table.get(case.key, {}).get(GROUP_COLUMN, "")) for case in cases]
         sites = _sites(cases, partition, count, table, options.seed, progress)
-        channels = channel_names(dataset)
+        channels = dataset.channel_names
         for alias in sorted(set(sites.alias)):
             mine = [case for case, home in zip(cases, sites.alias, strict=True) if home == alias]
             about = _about(dataset, channels, sites.notes.get(alias, ""))
@@ -145,12 +145,6 @@ def labelled(folder: Path, dataset: DatasetJson) -> list[Labelled]:
     if len({case.key for case in cases}) != len(cases):
         raise DataError("SOURCE lists two images of the same name. List every image once.")
     return sorted(cases, key=lambda case: case.key)
-
-
-def channel_names(dataset: DatasetJson) -> tuple[str, ...]:
-    """Return the modality names, told apart by number where two are the same."""
-    names = dataset.channel_names
-    return names if len(set(names)) == len(names) else tuple(f"{n}-{i}" for i, n in enumerate(names, 1))
 
 
 def _inside(folder: Path, name: str, number: int) -> Path:

@@ -92,9 +92,9 @@ def site_count(partition: Partition, sites: int | None) -> int:
     return 0
 
 
-def numbered_aliases(count: int) -> list[str]:
+def numbered_aliases(count: int, word: str = "site") -> list[str]:
     """Return "site-1", "site-2", ..., padded so that they sort in order."""
-    return [f"site-{index + 1:0{len(str(count))}d}" for index in range(count)]
+    return [f"{word}-{index + 1:0{len(str(count))}d}" for index in range(count)]
 
 
 def deal_random(groups: Sequence[str], sites: int, seed: int) -> list[int]:

@@ -16,6 +16,7 @@ from client.data.importers.layout import (
     split_cases,
     write_nifti,
 )
+from client.data.importers.partition import numbered_aliases
 from client.data.mni.anatomy import LABELS, draw_subject, grid_affine, grid_shape, load_template
 from client.data.mni.scanners import scan, scanner
 from common.dataset_json import SPLITS
@@ -64,9 +65,8 @@ def write_mni_trial(
     with new_root(out, "default", force=force) as root:
         template = load_template(voxel_mm)
         affine = grid_affine(voxel_mm)
-        for index in range(sites):
+        for index, alias in enumerate(numbered_aliases(sites, "hospital")):
             machine = scanner(index, seed)
-            alias = f"hospital-{index + 1:0{len(str(sites))}d}"
             folder = SiteFolder(root, alias, _about(machine.title))
             splits = split_cases([str(n) for n in range(subjects)], [0] * subjects, seed=seed, alias=alias)
             for done, number in enumerate(sorted(range(subjects), key=lambda n: SPLITS.index(splits[n])), 1):
