@@ -165,7 +165,12 @@ def encode_payload(payload: Payload) -> tuple[pb.PayloadHead, bytes]:
     head.nbytes = len(blob)
     head.sha256 = hashlib.sha256(blob).digest()
     for key, value in sorted(payload.meta.items()):
-        _set_scalar(head.meta[key], value)
+        try:
+            _set_scalar(head.meta[key], value)
+        except (TypeError, ValueError) as error:
+            raise PayloadError(
+                f"Payload '{payload.name}' note '{key}' is no text, 64-bit integer, number or flag."
+            ) from error
     return head, blob
 
 

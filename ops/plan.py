@@ -21,7 +21,9 @@ from common.errors import ConfigError, DataError, nearest
 from common.federation import FEDERATION_FILE, Federation, find_sites, read_federation
 from common.method import Method
 from common.methods import get_method
+from common.models import build_model
 from common.store import write_bytes
+from common.tasks import get_task
 from ops.options import DEFAULT, Options
 
 DEFAULT_SITES = 3
@@ -104,6 +106,8 @@ def make_plan(options: Options, root: Path, out: Path, *, runtime: str) -> Plan:
         raise ConfigError(
             f"The data is for task '{config.data.task}', '--task {options.task}' was asked. Leave --task out, or give other data."
         )
+    build_model(config.model, config.data, seed=config.seed)  # what cannot be built is refused before anything starts
+    get_task(config.data, config.train)
     return Plan(config, method, federation, sites, out, runtime)
 
 

@@ -91,7 +91,9 @@ def site_colour(story: Story, alias: str) -> str:
 
 def site_mark(story: Story, alias: str) -> tuple[str, str]:
     """Return (CSS variable, CSS class) of a site's mark: after the colours are used up, the shape tells sites apart."""
-    return site_colour(story, alias), SHAPES[list(story.sites).index(alias) // len(SITE_COLOURS) % len(SHAPES)]
+    return site_colour(story, alias), SHAPES[
+        list(story.sites).index(alias) // len(SITE_COLOURS) % len(SHAPES)
+    ]
 
 
 def charts(story: Story) -> list[Chart]:
@@ -171,7 +173,9 @@ def seconds(story: Story) -> Chart:
         keys = _stack(panel, [_name(item) for item in rounds], layers)
         if any(item.overhead is not None for item in rounds):
             bottom = [sum(values[index] for values in layers.values()) for index in range(len(rounds))]
-            panel.bar(range(len(rounds)), over, _width(len(rounds)), bottom=bottom, color=light("wait"), linewidth=0)
+            panel.bar(
+                range(len(rounds)), over, _width(len(rounds)), bottom=bottom, color=light("wait"), linewidth=0
+            )
             keys.append(Key("Framework and transport", "wait"))
         _panel(panel, "", "round")
         panel.set_ylabel("seconds")
@@ -256,7 +260,9 @@ def _stack(panel: Axes, names: Sequence[str], layers: dict[str, list[float]]) ->
     bottom = [0.0] * len(names)
     keys = []
     for colour, (label, values) in zip(STACK_COLOURS, layers.items(), strict=False):
-        panel.bar(range(len(names)), values, _width(len(names)), bottom=bottom, color=light(colour), linewidth=0)
+        panel.bar(
+            range(len(names)), values, _width(len(names)), bottom=bottom, color=light(colour), linewidth=0
+        )
         bottom = [low + value for low, value in zip(bottom, values, strict=True)]
         keys.append(Key(label, colour))
     step = max(1, -(-len(names) // 16))

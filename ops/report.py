@@ -7,6 +7,7 @@ page hands on no picture. The same events give the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from common.errors import ConfigError
 from ops import report_view as view
 from ops import words
 from ops.plots import COLOURS, charts, site_mark
@@ -33,19 +35,25 @@ def write_report(run_dir: Path) -> Path:
         The page's path.
 
     Raises:
-        ConfigError: The folder holds no run.
+        ConfigError: The folder holds no run, or the page cannot be written there.
     """
-    story = read_story(run_dir)
+    page = render(read_story(run_dir), run_dir)
     path = run_dir / REPORT_FILE
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(render(story, run_dir))
+            file.write(page)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(
+            f"The report cannot be written into the run folder ({error.strerror}). Free space or allow writing there, "
+            "then run `wardround report RUN_DIR`.", detail=f"{path}: {error}",
+        ) from error  # fmt: skip
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path
 
 

@@ -20,7 +20,10 @@ def report(
     run: RUN,
     tables: Annotated[bool, typer.Option("--tables", help="Also print the closing tables.")] = False,
 ) -> None:
-    """Build report.html again from a run's event files; also of a run that still goes on, or was cut off."""
+    """Build report.html again from a run's event files; also of a run that still goes on, or was cut off.
+
+    RUN_DIR is the folder that `wardround trial` named: runs/TIME-METHOD, or what --out said.
+    """
     from ops.report import write_report
     from ops.tables import print_closing
 
@@ -37,6 +40,8 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Show how it stands now and end.")] = False,
 ) -> None:
     """Follow a run until its end, from any terminal. Ctrl-C ends the watching, not the run.
+
+    RUN_DIR is the folder that `wardround trial` named: runs/TIME-METHOD, or what --out said.
 
     Exit code 1 if the run failed.
     """

@@ -192,12 +192,13 @@ def bars(story: Story) -> list[Bar]:
     return rows
 
 
-def result_tables(story: Story, *, apart: bool = False) -> list[Table]:
+def result_tables(story: Story, *, apart: bool = False, without: frozenset[str] = frozenset()) -> list[Table]:
     """Return the final figures by site, model and class.
 
     Args:
         story: What is told.
         apart: One table per figure; done anyway where one table would have too many columns.
+        without: Figures to leave out.
     """
     rows = [
         (alias, model, found)
@@ -211,7 +212,8 @@ def result_tables(story: Story, *, apart: bool = False) -> list[Table]:
             group = names.setdefault(words.base(name), [])
             if name not in group:
                 group.append(name)
-    order = [name for name in words.FIGURES if name in names] + sorted(set(names) - set(words.FIGURES))
+    known = [name for name in words.FIGURES if name in names]
+    order = [name for name in (*known, *sorted(set(names) - set(known))) if name not in without]
     groups = {base: sorted(names[base], key=lambda name: ("/" in name,)) for base in order}
     wide = apart or sum(len(group) for group in groups.values()) > MOST_COLUMNS
     tables = []

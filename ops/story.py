@@ -62,8 +62,6 @@ class SiteRound:
         waited: Seconds between question and answer, at the coordinator.
         local: Seconds in the worker.
         phases: Seconds in the worker by phase.
-        cases: Training cases.
-        loss: Mean training loss.
         relay: What its relay said of itself (cpu_s, peak_mb).
         bytes: Bytes by direction and kind.
         failure: Why it did not contribute.
@@ -93,12 +91,8 @@ class Round:
     Attributes:
         number: From 1; the closing evaluation has the number after the last round.
         closing: True for the closing evaluation.
-        asked: Aliases asked.
         ended: The server told its end.
         seconds, slowest, overhead, loss: As the server told them.
-        contributed: Aliases that contributed.
-        cases: Training cases by alias.
-        sites: What is known of each site.
     """
 
     number: int
@@ -335,7 +329,10 @@ class Story:
         rounds = sorted(number for split, number in found if split == VALIDATION)
         if not rounds:
             return None
-        whole = {item.number - 1 for item in (*self.completed, *self.cycles[-1:]) if item in self.completed or item.closing}
+        # Round k's result is evaluated in cycle k + 1.
+        whole = {
+            item.number - 1 for item in (*self.completed, *(item for item in self.cycles if item.closing))
+        }
         return VALIDATION, ([number for number in rounds if number in whole] or rounds)[-1]
 
     def final(self, alias: str, model: str) -> Figures | None:

@@ -18,6 +18,7 @@ from ops.story_reader import RunReader
 
 MOST_ROWS = 40
 WIDEST = 240
+LEFT_OUT = frozenset({"loss"})  # of the final figures; the report has it
 
 
 def print_closing(out: Path, console: Console) -> None:
@@ -109,7 +110,7 @@ def figure_tables(story: Story, *, apart: bool = False) -> list[Table]:
     split, number = place
     after = f"after round {number}" if number else "of the initial model"
     found = []
-    for content in view.result_tables(story, apart=apart):
+    for content in view.result_tables(story, apart=apart, without=LEFT_OUT):
         what = content.head[-1][0] if len(content.head) == 4 else "figures"
         table = _table(f"Final {what} on {split} cases, {after}")
         groups = [title for title, span in content.head for _ in range(span)]

@@ -16,6 +16,7 @@ FIGURES = {
     "accuracy": "Accuracy",
     "balanced_accuracy": "Balanced accuracy",
     "auc": "AUC",
+    "recall": "Recall",
     "auroc": "AUROC",
     "f1": "F1",
     "brier": "Brier score",
@@ -26,11 +27,14 @@ FIGURE_NOTES = {
     "dice": "Dice: overlap of prediction and reference, 0 none, 1 perfect.",
     "iou": "IoU: intersection over union, stricter than Dice, 0 to 1.",
     "hd95": "HD95: 95th percentile of the distance between the two outlines, in mm where the pictures state their "
-    "spacing, else in pixels; lower is better.",
+    "spacing, else in pixels; lower is better; a structure that was missed counts as the whole picture's diagonal.",
     "accuracy": "Accuracy: share of cases decided rightly.",
+    "balanced_accuracy": "Balanced accuracy: mean recall over the classes that the site has.",
+    "recall": "Recall: share of a class's cases that were found.",
     "auc": "AUC: how well positive cases rank above negative ones, 0.5 chance, 1 perfect.",
     "auroc": "AUROC: how well positive cases rank above negative ones, 0.5 chance, 1 perfect.",
 }
+_MILLIMETRES = frozenset({"hd95", "assd"})
 _UNBOUNDED = frozenset({"hd95", "assd", "loss", "nll", "mae", "mse", "rmse"})
 
 KINDS = {
@@ -151,7 +155,7 @@ def figure(name: str, value: float | None, *, signed: bool = False) -> str:
     """
     if value is None:
         return NONE
-    digits = 2 if base(name) in _UNBOUNDED else 3
+    digits = 2 if base(name) in _MILLIMETRES else 3
     return (f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}").replace("-", "\N{MINUS SIGN}")
 
 

@@ -67,7 +67,7 @@ class RosterCall:
         self._asked: dict[int, float] = {}
         self._tickets: dict[str, int] = {}
         self._last_new = time.monotonic()
-        self._trouble: dict[str, str] = {}
+        self._trouble: dict[int, tuple[str, str]] = {}
         self._parts = encode(
             Envelope(run, 0, HELLO, "", rounds=config.rounds.rounds, config=config.to_json())
         )
@@ -102,12 +102,13 @@ class RosterCall:
         nodes, refused = self.roster.nodes, self.roster.refused
         silent = sorted(expected - nodes.keys() - refused.keys())
         needed = needed_sites(self.config, len(expected) or len(nodes.keys() | refused.keys()))
+        trouble = dict(self._trouble.values())
         for alias in silent:
             waited = f"{alias}: gave no first answer within {self.config.rounds.ready_timeout:.0f} s"
-            message = self._trouble.get(alias, f"{waited}; is its SuperNode running and registered?")
+            message = trouble.get(alias, f"{waited}; is its SuperNode running and registered?")
             self.events.emit("site.refused", site=alias, code="silent", message=message)
         if len(nodes) < max(needed, 1):
-            said = " ".join([*(sentence for _, sentence in refused.values()), *self._trouble.values()])
+            said = " ".join([*(sentence for _, sentence in refused.values()), *trouble.values()])
             if refused and (not expected or expected & refused.keys()):
                 raise MismatchError(f"{said} Silent: {', '.join(silent)}." if silent else said)
             raise QuorumError(
@@ -134,6 +135,7 @@ class RosterCall:
         node = self._tickets.pop(answer.ticket, None)
         if node is None:  # answered already
             return
+        self._trouble.pop(node, None)
         alias = f"node-{node % 10_000:04d}"
         if answer.parts is None:
             self._refuse(alias, node, "transport", f"{alias}: {answer.error}.")
@@ -201,7 +203,7 @@ class RosterCall:
             code in RETRY_CODES or code == CancelledError.code
         ):  # a worker that is still starting gets another chance
             self._asked[node] = time.monotonic() + RETRY_SECONDS
-            self._trouble[alias] = message
+            self._trouble[node] = (alias, message)
             self.events.emit("warning", site=alias, code=code, message=message)
             return
         self.roster.refused[alias] = (code, message)

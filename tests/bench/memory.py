@@ -1,6 +1,6 @@
 """Does the worker's memory stay flat? Fifty rounds, resident memory after each, the slope with its standard error.
 
-    .venv/bin/python -m tests.bench.memory [--rounds 50]
+.venv/bin/python -m tests.bench.memory [--rounds 50]
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ def main(argv: list[str]) -> None:
     figures = {}
     for site in ("hospital-1", "hospital-2", "hospital-3"):
         events = read_events(folder / "run" / f"events-{site}.jsonl")
-        points = [(event["round"], event["rss"]) for event in events if event["event"] == "memory" and WARM < event["round"] <= rounds]
+        points = [
+            (event["round"], event["rss"])
+            for event in events
+            if event["event"] == "memory" and WARM < event["round"] <= rounds
+        ]
         x, y = np.array(points).T
         fit = stats.linregress(x, y)
         figures[site] = {
@@ -44,7 +48,7 @@ def main(argv: list[str]) -> None:
             "slope_mb_per_round": round(float(fit.slope), 4), "standard_error": round(float(fit.stderr), 4),
             "noise_mb": round(float(np.std(y - fit.intercept - fit.slope * x)), 3),
         }  # fmt: skip
-    print(write("memory", figures))  # noqa: T201
+    print(write("memory", figures))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,11 @@ def wire(out: Path, server: list[dict[str, Any]], site: str, proxy: CountingProx
 
 def spread(values: list[float]) -> dict[str, float]:
     """Return minimum, median and maximum."""
-    return {"min": round(min(values), 3), "median": round(statistics.median(values), 3), "max": round(max(values), 3)}
+    return {
+        "min": round(min(values), 3),
+        "median": round(statistics.median(values), 3),
+        "max": round(max(values), 3),
+    }
 
 
 def main(argv: list[str]) -> None:
@@ -97,7 +101,7 @@ def main(argv: list[str]) -> None:
     settings = ("width=16", "levels=3", "patch=16,16,16", "patches_per_case=1")
     runtimes = ("fast", "stock") if arguments.runtime == "both" else (arguments.runtime,)
     figures = {runtime: measure(data, runtime, arguments.rounds, settings) for runtime in runtimes}
-    print(write("overhead", figures))  # noqa: T201
+    print(write("overhead", figures))
 
 
 if __name__ == "__main__":

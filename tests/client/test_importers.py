@@ -224,13 +224,19 @@ def test_msd_table_gives_sites_and_keeps_subjects_together(tmp_path):
 
 
 def test_msd_intensity_keeps_a_subject_at_one_site(tmp_path):
-    task = msd_task(tmp_path / "task", [100.0] * 4 + [9e4] * 4)
-    rows = [[f"{PATIENT}_{n:03d}", str(n // 2 if n not in (3, 4) else 99)] for n in range(8)]
+    task = msd_task(tmp_path / "task", [100.0] * 7 + [9e4] * 7)
+    rows = [[f"{PATIENT}_{n:03d}", str(n // 2)] for n in range(14)]  # subject 3 has a dark and a bright image
     path = table(tmp_path / "cases.csv", ["id", "group"], rows)
-    root = import_into("msd", task, tmp_path / "root", partition="intensity", sites=1, table=path)
-    assert len(entries(root, "site-1")) == 8
+    root = import_into("msd", task, tmp_path / "root", partition="intensity", sites=2, table=path)
+    peaks = {
+        alias: Counter(
+            bool(volume(root / alias / entry["image"]).max() > 1000) for entry in entries(root, alias)
+        )
+        for alias in find_sites(root)
+    }
+    assert peaks == {"site-1": {False: 6}, "site-2": {False: 1, True: 7}}
     refused(
-        tmp_path, "5 cases are too few for 2 sites", "msd", task, partition="intensity", sites=2, table=path
+        tmp_path, "7 subjects are too few for 3 sites", "msd", task, partition="intensity", sites=3, table=path
     )
 
 

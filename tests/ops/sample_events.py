@@ -259,6 +259,7 @@ class _Maker:
                     )
             for base in ("dice", "iou", "hd95") if hd95 else ("dice", "iou"):
                 values[base] = round(sum(values[f"{base}/{name}"] for name in CLASSES) / len(CLASSES), 6)
+            values["loss"] = round(0.1 + 1.4 * (1 - values["dice"]), 6)
             self.server(
                 "metric", site=alias, round=number, split=split, model=model, cases=2, values=values, primary="dice"
             )  # fmt: skip

@@ -123,6 +123,16 @@ def test_same_events_same_bytes(run, html, tmp_path):
     assert [file.name for file in copy.iterdir() if file.name.startswith(".")] == []
 
 
+def test_a_page_that_cannot_be_put_in_its_place_leaves_nothing_behind(tmp_path):
+    run = Sample(rounds=1).write(tmp_path / "run")
+    (run / "report.html").mkdir()
+    (run / "report.html" / "kept").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written") as caught:
+        write_report(run)
+    assert str(tmp_path) not in str(caught.value)
+    assert not [file for file in run.iterdir() if file.name.startswith(".")]
+
+
 def test_a_site_has_one_colour_everywhere(run, html):
     story = read_story(run)
     assert len({site_colour(story, alias) for alias in story.sites}) == 3
@@ -198,7 +208,7 @@ def test_many_sites_and_classes_stay_readable(tmp_path):
     values = {f"{base}/organ {index}": 0.5 for base in ("dice", "iou") for index in range(12)}
     test = {"split": "test", "model": "global", "values": values, "primary": "dice"}
     add(story, {"event": "metric", "site": sites[0], "round": 1, **test})
-    assert [table.head[-1][0] for table in result_tables(story)] == ["Dice", "IoU", "HD95"]
+    assert [table.head[-1][0] for table in result_tables(story)] == ["Dice", "IoU", "HD95", "Loss"]
     assert len({site_mark(story, alias) for alias in sites}) == 9
     assert len(participation(story).rows) == 2
     assert traffic(story).svg.startswith("<svg")

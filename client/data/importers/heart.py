@@ -127,7 +127,7 @@ def _federation(sites: int) -> Federation:
             "labels": list(LABELS),
             "missing": "median",
         },
-        "model": {"hidden": [32, 16], "dropout": 0.2},
+        "model": {"name": "logistic"},
         "train": {
             "local_epochs": 2,
             "batch_size": 16,

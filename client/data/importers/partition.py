@@ -143,7 +143,7 @@ def cut_regimes(values: Sequence[float], sites: int, smallest: int) -> tuple[lis
     count = len(array)
     if count < sites * smallest:
         raise DataError(
-            f"{count} cases are too few for {sites} sites of at least {smallest}. Give fewer --sites."
+            f"{count} subjects are too few for {sites} sites of at least {smallest}. Give fewer --sites."
         )
     order = np.argsort(array, kind="stable")
     logs = np.log10(array[order])
