@@ -45,8 +45,8 @@ bench: $(READY)  ## measure; writes build/bench/*.json with the environment besi
 check: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-format: $(READY)  ## let ruff tidy up
-	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+format: $(READY)  ## let ruff tidy up; bring docs/events.md up to date
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . ; $(BIN)/python -m ops.events_doc
 
 proto: $(READY)  ## regenerate common/proto from wardround.proto
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. common/proto/wardround.proto

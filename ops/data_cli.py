@@ -48,6 +48,36 @@ SEED = Annotated[
 FORCE = Annotated[bool, typer.Option("--force", help="Replace OUT, if wardround wrote it.")]
 
 
+KIND = Annotated[str, typer.Argument(metavar="KIND", help=f"{', '.join(KINDS)}; see `wardround data kinds`.")]
+SOURCE = Annotated[
+    Path, typer.Argument(metavar="SOURCE", help="What was downloaded: an archive or a folder.")
+]
+SITES = Annotated[
+    int | None, typer.Option("--sites", min=1, help="How many sites to simulate (random, intensity).")
+]
+PARTITION = Annotated[
+    str | None,
+    typer.Option(
+        "--partition",
+        help="How sites are made: random; intensity (msd); column:NAME of --table (msd, brats); "
+        "missing-channel (brats); label-ratio:1,2,4 (luna).",
+    ),
+]
+TABLE = Annotated[
+    Path | None,
+    typer.Option(
+        "--table",
+        metavar="CSV",
+        help="One row per case, keyed by a column id or Subject_ID; a column group keeps a subject's cases together. "
+        "For luna: the candidates.",
+    ),
+]
+BINARY = Annotated[bool, typer.Option("--binary", help="brats: whole tumour against the rest.")]
+NEGATIVES = Annotated[float | None, typer.Option("--negatives-per-positive", help="luna: 2 if left out.")]
+DIMS = Annotated[int | None, typer.Option("--dims", help="luna: 3 for cubes (if left out), 2 for slices.")]
+PATCH = Annotated[int | None, typer.Option("--patch-mm", help="luna: edge of a patch, 32 if left out.")]
+
+
 @data_app.callback()
 def _group() -> None:
     """Get data: public data sets cut into sites, or simulated hospitals without a download."""
@@ -69,44 +99,17 @@ def kinds() -> None:
 
 @data_app.command("import")
 def import_data(
-    kind: Annotated[
-        str, typer.Argument(metavar="KIND", help=f"{', '.join(KINDS)}; see `wardround data kinds`.")
-    ],
-    source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="What was downloaded: an archive or a folder.")
-    ],
+    kind: KIND,
+    source: SOURCE,
     out: OUT,
-    sites: Annotated[
-        int | None, typer.Option("--sites", min=1, help="How many sites to simulate (random, intensity).")
-    ] = None,
-    partition: Annotated[
-        str | None,
-        typer.Option(
-            "--partition",
-            help="How sites are made: random; intensity (msd); column:NAME of --table (msd, brats); "
-            "missing-channel (brats); label-ratio:1,2,4 (luna).",
-        ),
-    ] = None,
+    sites: SITES = None,
+    partition: PARTITION = None,
     seed: SEED = 0,
-    table: Annotated[
-        Path | None,
-        typer.Option(
-            "--table",
-            metavar="CSV",
-            help="One row per case, keyed by a column id or Subject_ID; a column group keeps a subject's cases together. "
-            "For luna: the candidates.",
-        ),
-    ] = None,
-    binary: Annotated[bool, typer.Option("--binary", help="brats: whole tumour against the rest.")] = False,
-    negatives_per_positive: Annotated[
-        float | None, typer.Option("--negatives-per-positive", help="luna: 2 if left out.")
-    ] = None,
-    dims: Annotated[
-        int | None, typer.Option("--dims", help="luna: 3 for cubes (if left out), 2 for slices.")
-    ] = None,
-    patch_mm: Annotated[
-        int | None, typer.Option("--patch-mm", help="luna: edge of a patch, 32 if left out.")
-    ] = None,
+    table: TABLE = None,
+    binary: BINARY = False,
+    negatives_per_positive: NEGATIVES = None,
+    dims: DIMS = None,
+    patch_mm: PATCH = None,
     force: FORCE = False,
 ) -> None:
     """Bring a public data set into OUT, cut into sites, each split 60/20/20.

@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 
 from common.errors import ProcessError, WardroundError, safe_sentence
-from common.events import EventLog, read_events
+from common.events import EventLog
 from ops.control import ControlClient, bundle
 from ops.failure import print_failure
 from ops.flower_commands import (
@@ -41,6 +41,7 @@ from ops.ports import LOOPBACK, free_ports, release_ports
 from ops.prepare import prepare, short_folder, write_sites
 from ops.processes import Process, ProcessGroup
 from ops.report import write_report
+from ops.story_reader import Tail
 from ops.tables import print_closing
 
 START_SECONDS = 90.0
@@ -184,10 +185,11 @@ class Federation:
         """
         assert self._control is not None
         ended_at = 0.0
+        run_end = RunEnd(self.plan.out)
         look_at = time.monotonic() + 2.0
         while True:
             on_wait()
-            end = last_event(self.plan.out / "events.jsonl", "run.end")
+            end = run_end.look()
             self._sample_memory()
             if end is not None:
                 return end
@@ -214,11 +216,13 @@ class Federation:
         """Stop everything that was started; nothing is left behind."""
         self.events.emit("trial.phase", phase="stop")
         self._memory_at = 0.0
-        self._sample_memory()
-        if self._control is not None:
-            self._control.close()
-        self.group.stop_all()
-        release_ports()
+        try:
+            self._sample_memory()
+            if self._control is not None:
+                self._control.close()
+        finally:
+            self.group.stop_all()
+            release_ports()
         if self._short is not None:
             shutil.rmtree(self._short, ignore_errors=True)
 
@@ -237,15 +241,19 @@ def worker_answers(socket: Path, timeout: float = 1.0) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def last_event(path: Path, name: str) -> dict[str, object] | None:
-    """Return the last event of a name in a file, or None."""
-    if not path.is_file():
-        return None
-    found = None
-    for event in read_events(path):
-        if event["event"] == name:
-            found = event
-    return found
+class RunEnd:
+    """Looks for the server's `run.end` event, reading only what is new.
+
+    Args:
+        out: The run folder.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._tail = Tail(out / "events.jsonl")
+
+    def look(self) -> dict[str, object] | None:
+        """Return the event once it is there."""
+        return next((event for event in self._tail.poll() if event.get("event") == "run.end"), None)
 
 
 @contextmanager
@@ -322,7 +330,8 @@ def run_simulated(
             ]
             runner = group.start(Process("simulation", argv, log, env={"PYTHONUNBUFFERED": "1"}))
             events.emit("trial.phase", phase="run")
-            while (end := last_event(plan.out / "events.jsonl", "run.end")) is None:
+            run_end = RunEnd(plan.out)
+            while (end := run_end.look()) is None:
                 refresh()
                 group.poll()
                 time.sleep(REFRESH_SECONDS)

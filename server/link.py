@@ -21,8 +21,8 @@ KINDS = {HELLO: QUERY, ROUND: TRAIN, CLOSING: EVALUATE}
 FLOWER_ERRORS = {
     1: "the site's relay could not load its app; install the same wardround at the site",
     2: "the site's relay broke before it could answer; look at the site's relay log",
-    3: "the answer got lost between the site and the coordinator",
-    4: "the message expired before the site took it",
+    3: "the message expired before the site answered, or its answer got lost on the way",
+    4: "the site's answer expired before the coordinator took it",
     5: "the site's network process (SuperNode) is gone; restart it at the site",
     8: "the site's relay process ended hard; it is started again with the next message",
 }

@@ -62,7 +62,7 @@ def rounded(value: Fraction, dtype) -> float:
         while abs(value) / Fraction(2) ** exponent >= 2 ** FLOATS[dtype]:
             exponent += 1
         return float(round(value / Fraction(2) ** exponent) * Fraction(2) ** exponent)
-    return int(round(value))
+    return round(value)
 
 
 @st.composite

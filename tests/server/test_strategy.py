@@ -34,12 +34,16 @@ class SitesGrid:
                 answer = site.handle(from_record(message.content), lambda: None)
             except Exception as error:
                 answer = failure(error, site.alias)
-            self.replies[message.metadata.message_id] = Message(to_record(answer, {"cpu_s": 0.1}), reply_to=message)
+            self.replies[message.metadata.message_id] = Message(
+                to_record(answer, {"cpu_s": 0.1}), reply_to=message
+            )
             identifiers.append(message.metadata.message_id)
         return identifiers
 
     def pull_messages(self, message_ids):
-        return [self.replies.pop(identifier) for identifier in list(message_ids) if identifier in self.replies]
+        return [
+            self.replies.pop(identifier) for identifier in list(message_ids) if identifier in self.replies
+        ]
 
 
 @pytest.fixture
@@ -55,7 +59,9 @@ def config(federation, method="fedavg", **params):
 def test_start_on_a_grid_equals_the_loop(federation, method):
     loop = federation.run(config(federation, method), home="loop")
     grid = SitesGrid(federation.open_sites("grid"))
-    result = MethodStrategy(method, config=config(federation, method), folder=federation.root / "grid-server").start(grid)
+    result = MethodStrategy(
+        method, config=config(federation, method), folder=federation.root / "grid-server"
+    ).start(grid)
     assert tensor_bytes(tensors_of(result.arrays)) == tensor_bytes(loop.server.model(loop.state))
     assert sorted(result.train_metrics_clientapp) == [1, 2, 3]
     assert sorted(result.evaluate_metrics_clientapp) == [0, 1, 2, 3]
@@ -67,10 +73,14 @@ def test_start_takes_flowers_own_arguments(federation):
     strategy = MethodStrategy("fedavg", config=config(federation))
     initial = ArrayRecord({name: tensor + 1 for name, tensor in strategy.initial.items()})
     seen = []
-    result = strategy.start(grid, initial_arrays=initial, num_rounds=1, evaluate_fn=lambda number, arrays: seen.append(number))
+    result = strategy.start(
+        grid, initial_arrays=initial, num_rounds=1, evaluate_fn=lambda number, arrays: seen.append(number)
+    )
     assert seen == [1]
     assert sorted(result.train_metrics_clientapp) == [1]
-    other = MethodStrategy("fedavg", config=config(federation)).start(SitesGrid(federation.open_sites("b")), num_rounds=1)
+    other = MethodStrategy("fedavg", config=config(federation)).start(
+        SitesGrid(federation.open_sites("b")), num_rounds=1
+    )
     assert tensor_bytes(tensors_of(result.arrays)) != tensor_bytes(tensors_of(other.arrays))
 
 
@@ -94,7 +104,9 @@ def test_the_hooks_give_the_same_model_as_start(federation):
 def test_a_bad_reply_is_left_out_and_an_empty_round_changes_nothing(federation, caplog):
     grid = SitesGrid(federation.open_sites())
     strategy = MethodStrategy("fedavg", config=config(federation))
-    ids = grid.push_messages(list(strategy.configure_train(1, ArrayRecord(strategy.initial), ConfigRecord(), grid)))
+    ids = grid.push_messages(
+        list(strategy.configure_train(1, ArrayRecord(strategy.initial), ConfigRecord(), grid))
+    )
     replies = grid.pull_messages(ids)
     bad = Message(to_record({"head": b"nothing"}), reply_to=replies[0])
     before = tensor_bytes(strategy.loop.state.tensors)
