@@ -27,7 +27,7 @@ from common.config import RunConfig
 from common.errors import DataError, MismatchError, PayloadError
 from common.events import EventLog
 from common.frames import Parts
-from common.method import PERSONAL, Method, RoundContext, SiteHalf
+from common.method import PERSONAL, Method, RoundContext, SiteHalf, make_halves
 from common.methods import get_method
 from common.models import build_model, parameter_groups, template
 from common.payload import Payload, State, Tensors, check_payloads
@@ -206,13 +206,15 @@ class Site:
         policy.take_part(self.config.policy, self.alias, method)
         dataset = self.data.open(config.data)
         network = build_model(config.model, config.data, seed=config.seed)
+        groups = parameter_groups(network)
         trainer = Trainer(
-            config, dataset, network, parameter_groups(network), get_task(config.data, config.train),
+            config, dataset, network, groups, get_task(config.data, config.train),
             device=self.device, amp=self._amp(), check_cancelled=lambda: self._check_cancelled(), on_progress=self._progress,
         )  # fmt: skip
-        half = method.site(method.parse(config.params))
+        server, half = make_halves(method, config)
+        travelling = dict(server.travelling(template(network), groups))
         states = SiteStates(self.config.home / "state" / run)
-        self._session = Session(run, text, config, method, half, dataset, trainer, template(network), states)
+        self._session = Session(run, text, config, method, half, dataset, trainer, travelling, states)
         return self._session
 
     def _accept(self, envelope: Envelope, session: Session) -> None:

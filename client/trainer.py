@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from client.compute import choose_precision, deterministic, evaluating, mixed, training
 from client.optimizers import LocalOptimizers
 from common.config import RunConfig
-from common.errors import ConfigError, DataError, WardroundError, nearest
+from common.errors import ConfigError, DataError, TrainingError, nearest
 from common.method import FitStats, Groups, Hook, LossTerm, RoundContext
 from common.models import template
 from common.numerics.rng import derive_seed, forked_torch_rng
@@ -30,13 +30,6 @@ from common.tasks import Sums, Task
 # On CUDA, looking at the loss waits for the device; every so many steps is soon enough.
 LOOK_EVERY = 16
 TRAIN, EVALUATE = "train", "evaluate"
-
-
-class TrainingError(WardroundError):
-    """Local training or evaluation left the finite numbers."""
-
-    code: ClassVar[str] = "training"
-    exit_code: ClassVar[int] = 12
 
 
 class Case(Protocol):

@@ -39,7 +39,6 @@ from common.wire import WIRE_SCHEMA
 log = logging.getLogger("wardround.worker")
 HANDLERS = 4  # one works, the others answer health and refuse politely
 STOP_SECONDS = 5.0
-PROBE_SECONDS = 2.0
 
 
 class Service(WorkerServicer):
@@ -73,7 +72,7 @@ class Service(WorkerServicer):
 
         site: Site | None = None
         try:
-            parts = from_frames(frames)
+            parts = _received(frames)
             site = self._site(alias)
             self._wait_for_turn(check_cancelled)
             try:
@@ -113,6 +112,13 @@ class Service(WorkerServicer):
             check_cancelled()
 
 
+def _received(frames: Iterable[pb.Frame]) -> Parts:
+    try:
+        return from_frames(frames)
+    except grpc.RpcError as error:
+        raise CancelledError("The relay went away before its message was whole.") from error
+
+
 def failure(error: BaseException, site: str) -> Parts:
     """Return the parts of an answer that says why there is none."""
     code, message = safe_sentence(error)
@@ -146,14 +152,14 @@ def claim_socket(path: Path) -> None:
                 detail=str(path),
             )
         with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(PROBE_SECONDS)
+            probe.setblocking(False)  # a connection to a Unix socket is made at once or not at all
             try:
                 probe.connect(str(path))
             except ConnectionRefusedError:
                 path.unlink()
                 return
-            except TimeoutError:
-                pass  # it is busy, not dead
+            except BlockingIOError:
+                pass  # its queue is full: it is busy, not dead
     except OSError as error:
         raise ConfigError(
             "The worker's socket cannot be opened. Check the folder's permissions.",

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from common.config import RunConfig, checked
 from common.errors import ConfigError, PayloadError, nearest
-from common.payload import Kind, Payload, Payloads, PayloadSpec, Reduce, State, Tensors
+from common.payload import Kind, Payload, Payloads, PayloadSpec, Reduce, State, Template, Tensors
 
 GLOBAL = "global"
 PERSONAL = "personal"
@@ -111,6 +111,13 @@ class ServerHalf:
 
     def __init__(self, params: Any) -> None:
         self.params = params
+
+    def travelling(self, model: Template, groups: Groups) -> Template:
+        """Return the part of the model's tensors that payloads marked `like_model` hold: all, unless overridden.
+
+        Both ends check what arrives against it. It may depend on parameters and groups, never on data.
+        """
+        return model
 
     def init(self, model: Tensors, groups: Groups, ctx: RoundContext) -> State:
         """Return the state before round 1.

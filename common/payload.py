@@ -54,7 +54,8 @@ class PayloadSpec:
         name: Unique within the method and direction.
         kind: What the policy knows it by.
         reduce: How replies are combined (uplink only).
-        like_model: True if its tensors are exactly those of the model, in name, shape and dtype.
+        like_model: True if its tensors are exactly those of the model that the method lets travel
+            (`ServerHalf.travelling`), in name, shape and dtype.
         optional: True if a message may come without it.
     """
 

@@ -81,7 +81,7 @@ class RoundLoop:
         self.config = config
         self.method = method
         self.server = method.server(method.parse(config.params))
-        self.template = model
+        self.template = self.server.travelling(model, groups)
         self.events = events
         self.checkpoints = checkpoints
         self.state = self.server.init(model, groups, self._context(0))

@@ -237,9 +237,8 @@ class MethodStrategy(Strategy):
                 if envelope.failure:
                     raise WardroundError(envelope.failure[1])
                 if payloads:
-                    check_payloads(
-                        envelope.payloads, self.method.server.uplink, self.initial, who=envelope.site
-                    )
+                    expected = self._loop().template
+                    check_payloads(envelope.payloads, self.method.server.uplink, expected, who=envelope.site)
             except WardroundError as error:
                 log.error("a reply is left out: %s", error)
                 continue

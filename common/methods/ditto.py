@@ -24,11 +24,11 @@ from common.payload import Payloads, State, Tensors
 class DittoParams(MethodParams):
     """Parameters of Ditto."""
 
-    lam: float = Field(default=
-        0.1, ge=0, description="λ, weight of the pull of v to the received model; 0 is local training"
+    lam: float = Field(
+        default=0.1, ge=0, description="λ, weight of the pull of v to the received model; 0 is local training"
     )
-    personal_epochs: int = Field(default=
-        0, ge=0, description="epochs of the personal branch; 0 takes the run's local epochs"
+    personal_epochs: int = Field(
+        default=0, ge=0, description="epochs of the personal branch; 0 takes the run's local epochs"
     )
 
 

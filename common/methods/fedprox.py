@@ -20,8 +20,8 @@ from common.payload import Payloads, State, Tensors
 class FedProxParams(MethodParams):
     """Parameters of FedProx."""
 
-    mu: float = Field(default=
-        0.01, ge=0, description="μ of eq. 2, weight of the pull to the round's model; 0 is FedAvg"
+    mu: float = Field(
+        default=0.01, ge=0, description="μ of eq. 2, weight of the pull to the round's model; 0 is FedAvg"
     )
 
 
