@@ -223,6 +223,17 @@ def test_a_worker_that_never_comes_up_is_told_in_its_own_words(call, alias):
     assert warning["site"] == ("alpha" if alias == "alpha" else "node-0017")
 
 
+def test_trouble_that_is_over_is_not_told_again(call):
+    scripts = {
+        1: [failing("alpha", "worker", "alpha: was starting."), ready("alpha")],
+        2: failing("beta", "worker", "beta: is down."),
+    }
+    with pytest.raises(QuorumError, match="silent: beta") as caught:
+        call(scripts, ("alpha", "beta"), wait=0.3)
+    assert "beta: is down." in str(caught.value)
+    assert "alpha: was starting." not in str(caught.value)
+
+
 @pytest.mark.parametrize("code", ["data", "policy", "config", "mismatch", "internal"])
 def test_a_site_that_cannot_is_refused_with_its_own_sentence(call, code):
     with pytest.raises(MismatchError, match="beta: the policy says no"):
