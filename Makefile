@@ -34,7 +34,7 @@ simulate: $(READY)  ## the same run in Flower's simulation runtime
 test: test-fast e2e  ## all tests: the fast suite, then the ones that start real processes
 
 test-fast: $(READY)  ## the fast suite (under a minute)
-	$(PYTEST) -q -m "not e2e and not gpu and not docker and not bench" $(ARGS)
+	$(PYTEST) -q -n 2 -m "not e2e and not gpu and not docker and not bench" $(ARGS)
 
 e2e: $(READY)  ## real SuperLink, SuperNodes, relays and workers
 	$(PYTEST) -q -m "e2e and not gpu and not docker" $(ARGS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import resource
+import socket as sockets
 import sys
 import time
 
@@ -26,13 +27,9 @@ from common.proto.wardround_pb2_grpc import WorkerStub
 app = ClientApp()
 
 CONNECT_SECONDS = 20.0  # a worker that is being restarted gets this long to come back
+LOOK_SECONDS = 0.05
 WIRE_SCHEMA = 1
-CHANNEL_OPTIONS = [
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.initial_reconnect_backoff_ms", 100),  # gRPC's own waits would miss a restarted worker for seconds
-    ("grpc.max_reconnect_backoff_ms", 500),
-]
+CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
 def call_worker(
@@ -51,14 +48,8 @@ def call_worker(
         WorkerError: No worker there, it went away, or the time was over.
         PayloadError: The answer broke off.
     """
+    wait_for_worker(socket, connect, site)
     with grpc.insecure_channel(f"unix:{socket}", options=CHANNEL_OPTIONS) as channel:
-        try:
-            grpc.channel_ready_future(channel).result(timeout=connect)
-        except grpc.FutureTimeoutError as error:
-            raise WorkerError(
-                f"{site}: no worker answers on its socket after {connect:.0f} s. Start the site's worker, then retry.",
-                site=site,
-            ) from error
         try:
             return from_frames(
                 WorkerStub(channel).Handle(
@@ -74,6 +65,33 @@ def call_worker(
             raise WorkerError(
                 f"{site}: the call to the worker broke ({status}): {hint}.", site=site
             ) from error
+
+
+def wait_for_worker(socket: str, seconds: float, site: str) -> None:
+    """Wait until somebody listens; gRPC's own way looks every 0.2 s only, and ever less often for one that is not there.
+
+    Raises:
+        WorkerError: Nobody does, or the relay may not connect.
+    """
+    limit = time.monotonic() + seconds
+    while True:
+        with sockets.socket(sockets.AF_UNIX) as probe:
+            try:
+                probe.connect(socket)
+            except PermissionError as error:
+                raise WorkerError(
+                    f"{site}: the relay may not open the worker's socket. Run both as the same user.",
+                    site=site,
+                ) from error
+            except OSError as error:
+                if time.monotonic() >= limit:
+                    raise WorkerError(
+                        f"{site}: no worker answers on its socket after {seconds:.0f} s. Start the site's worker, then retry.",
+                        site=site,
+                    ) from error
+            else:
+                return
+        time.sleep(LOOK_SECONDS)
 
 
 def failure_parts(error: BaseException, site: str) -> Parts:

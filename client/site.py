@@ -91,6 +91,11 @@ class Site:
                 f"{self.alias}: the coordinator runs wardround {envelope.software}, this site {common.__version__}; "
                 "install the same version.", site=self.alias,
             )  # fmt: skip
+        if envelope.phase != HELLO and envelope.site != self.alias:
+            raise MismatchError(
+                f"{self.alias}: the message is for site '{envelope.site[:64]}'; give the SuperNode the site's own alias.",
+                site=self.alias,
+            )
         decoded = time.perf_counter() - started
         answers = {HELLO: self._hello, ROUND: self._round, CLOSING: self._closing}
         if envelope.phase not in answers:

@@ -57,7 +57,9 @@ class SiteConfig(Strict):
     data: Path
     socket: Path
     home: Path
-    models: Path | None = Field(default=None, description="where personal models are written; home/models if unset")
+    models: Path | None = Field(
+        default=None, description="where personal models are written; home/models if unset"
+    )
     events: Path | None = Field(default=None, description="events file; home/events-ALIAS.jsonl if unset")
     compute: Compute = Compute()
     policy: Policy = Policy()
@@ -78,7 +80,8 @@ def read_site_config(path: Path) -> SiteConfig:
         ) from error
     except ValueError as error:  # TOML's own complaint, or bytes that are not UTF-8
         raise ConfigError(
-            "The site's configuration is not valid TOML in UTF-8. Correct the line.", detail=f"{path}: {error}"
+            "The site's configuration is not valid TOML in UTF-8. Correct the line.",
+            detail=f"{path}: {error}",
         ) from error
     return checked(SiteConfig, mapping)
 
@@ -87,7 +90,5 @@ def write_site_config(config: SiteConfig, path: Path) -> None:
     """Write a site.toml."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(
-        tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8"
-    )
+    temporary.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
     os.replace(temporary, path)

@@ -92,7 +92,8 @@ class ModelConfig(Strict):
     width: int = Field(default=16, ge=1, description="channels of the first level")
     levels: int = Field(default=3, ge=2, le=6, description="resolution levels of a U-shaped net")
     norm: Literal["auto", "instance", "batch", "group", "none"] = Field(
-        default="auto", description="normalisation layers; auto: instance for segmentation, batch for classification"
+        default="auto",
+        description="normalisation layers; auto: instance for segmentation, batch for classification",
     )
     dropout: float = Field(default=0.0, ge=0, lt=1)
     hidden: tuple[Size, ...] = Field(default=(32,), description="hidden layers of the MLP")

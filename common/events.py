@@ -25,30 +25,150 @@ EVENT_SCHEMA = 1
 
 # name -> (meaning, {field: meaning})
 EVENTS: dict[str, tuple[str, dict[str, str]]] = {
-    "trial.start": ("the operator's command began", {"method": "name", "task": "name", "data": "name of the data set", "sites": "aliases", "rounds": "count", "runtime": "fast or stock"}),
-    "trial.phase": ("what the command is doing", {"phase": "keys, data, check, start, register, ready, run, report, stop"}),
-    "trial.end": ("the command's verdict", {"verdict": "ok or failed", "seconds": "wall", "code": "error code", "message": "safe sentence"}),
+    "trial.start": (
+        "the operator's command began",
+        {
+            "method": "name",
+            "task": "name",
+            "data": "name of the data set",
+            "sites": "aliases",
+            "rounds": "count",
+            "runtime": "fast or stock",
+        },
+    ),
+    "trial.phase": (
+        "what the command is doing",
+        {"phase": "keys, data, check, start, register, ready, run, report, stop"},
+    ),
+    "trial.end": (
+        "the command's verdict",
+        {"verdict": "ok or failed", "seconds": "wall", "code": "error code", "message": "safe sentence"},
+    ),
     "process.start": ("a process was started", {"name": "its name", "pid": "its id"}),
     "process.ready": ("a process answered", {"name": "its name", "seconds": "since its start"}),
-    "process.exit": ("a process ended", {"name": "its name", "code": "exit code", "expected": "true if it was told to"}),
-    "run.start": ("the server began a run", {"method": "name", "task": "name", "rounds": "count", "seed": "the run's seed", "parameters": "trainable values", "bytes": "of one model", "software": "version"}),
-    "run.end": ("the server ended a run", {"verdict": "ok or failed", "seconds": "wall", "rounds": "completed", "code": "error code", "message": "safe sentence"}),
-    "site.ready": ("a site gave its first answer and fits", {"cases": "cases by split", "device": "cpu or cuda", "software": "version", "check": "figures of its data check"}),
+    "process.exit": (
+        "a process ended",
+        {"name": "its name", "code": "exit code", "expected": "true if it was told to"},
+    ),
+    "run.start": (
+        "the server began a run",
+        {
+            "method": "name",
+            "task": "name",
+            "rounds": "count",
+            "seed": "the run's seed",
+            "parameters": "trainable values",
+            "bytes": "of one model",
+            "software": "version",
+        },
+    ),
+    "run.end": (
+        "the server ended a run",
+        {
+            "verdict": "ok or failed",
+            "seconds": "wall",
+            "rounds": "completed",
+            "code": "error code",
+            "message": "safe sentence",
+        },
+    ),
+    "site.ready": (
+        "a site gave its first answer and fits",
+        {
+            "cases": "cases by split",
+            "device": "cpu or cuda",
+            "software": "version",
+            "check": "figures of its data check",
+        },
+    ),
     "site.refused": ("a site does not fit the run", {"code": "error code", "message": "safe sentence"}),
-    "round.start": ("a round began", {"round": "1-based", "sites": "aliases asked", "closing": "true for the last evaluation"}),
-    "round.end": ("a round ended", {"round": "1-based", "seconds": "wall", "slowest": "local seconds of the slowest site", "overhead": "seconds - slowest", "sites": "aliases that contributed", "missing": "aliases that did not", "cases": "training cases by alias", "closing": "true for the last evaluation", "loss": "mean training loss"}),
+    "round.start": (
+        "a round began",
+        {"round": "1-based", "sites": "aliases asked", "closing": "true for the last evaluation"},
+    ),
+    "round.end": (
+        "a round ended",
+        {
+            "round": "1-based",
+            "seconds": "wall",
+            "slowest": "local seconds of the slowest site",
+            "overhead": "seconds - slowest",
+            "sites": "aliases that contributed",
+            "missing": "aliases that did not",
+            "cases": "training cases by alias",
+            "closing": "true for the last evaluation",
+            "loss": "mean training loss",
+        },
+    ),
     "site.asked": ("a message went to a site", {"round": "1-based"}),
-    "site.reply": ("a site's answer arrived", {"round": "1-based", "seconds": "since asked", "local": "seconds in the worker", "phases": "seconds by phase in the worker", "relay": "CPU seconds and MB of the relay", "cases": "training cases", "loss": "mean training loss"}),
-    "site.failed": ("a site failed in a round", {"round": "1-based", "code": "error code", "message": "safe sentence"}),
-    "bytes": ("what crossed the border in a message, by kind", {"round": "1-based", "direction": "down or up", "kinds": "bytes by kind", "total": "sum"}),
-    "transport": ("what the site's connection to the coordinator carried since its start, counted at the site", {"down": "bytes", "up": "bytes", "calls": "count"}),
-    "metric": ("a site's figures for one model", {"round": "round whose result was evaluated (0 = the initial model)", "split": "validation or test", "model": "global or personal", "cases": "count", "values": "figure by name", "primary": "name of the main figure"}),
-    "phase": ("what a worker is doing", {"round": "1-based", "phase": "load, evaluate, train, personal, send, idle", "step": "steps done", "steps": "steps planned", "seconds": "of the phase before"}),
-    "memory": ("a process's memory", {"name": "its name", "rss": "MB now", "peak": "MB at most", "gpu": "MB at most on the GPU", "round": "1-based"}),
+    "site.reply": (
+        "a site's answer arrived",
+        {
+            "round": "1-based",
+            "seconds": "since asked",
+            "local": "seconds in the worker",
+            "phases": "seconds by phase in the worker",
+            "relay": "CPU seconds and MB of the relay",
+            "cases": "training cases",
+            "loss": "mean training loss",
+        },
+    ),
+    "site.failed": (
+        "a site failed in a round",
+        {"round": "1-based", "code": "error code", "message": "safe sentence"},
+    ),
+    "bytes": (
+        "what crossed the border in a message, by kind",
+        {"round": "1-based", "direction": "down or up", "kinds": "bytes by kind", "total": "sum"},
+    ),
+    "transport": (
+        "what the site's connection to the coordinator carried since its start, counted at the site",
+        {"down": "bytes", "up": "bytes", "calls": "count"},
+    ),
+    "metric": (
+        "a site's figures for one model",
+        {
+            "round": "round whose result was evaluated (0 = the initial model)",
+            "split": "validation or test",
+            "model": "global or personal",
+            "cases": "count",
+            "values": "figure by name",
+            "primary": "name of the main figure",
+        },
+    ),
+    "phase": (
+        "what a worker is doing",
+        {
+            "round": "1-based",
+            "phase": "load, evaluate, train, personal, send, idle",
+            "step": "steps done",
+            "steps": "steps planned",
+            "seconds": "of the phase before",
+        },
+    ),
+    "memory": (
+        "a process's memory",
+        {
+            "name": "its name",
+            "rss": "MB now",
+            "peak": "MB at most",
+            "gpu": "MB at most on the GPU",
+            "round": "1-based",
+        },
+    ),
     "checkpoint": ("the server wrote its state", {"round": "1-based", "seconds": "wall", "bytes": "size"}),
-    "model.saved": ("a model was written", {"name": "file name in models/", "bytes": "size", "round": "1-based"}),
-    "slices.saved": ("a site wrote example slices, which stay there", {"round": "1-based", "count": "pictures"}),
-    "warning": ("something an operator should know", {"code": "short code", "message": "safe sentence", "round": "1-based"}),
+    "model.saved": (
+        "a model was written",
+        {"name": "file name in models/", "bytes": "size", "round": "1-based"},
+    ),
+    "slices.saved": (
+        "a site wrote example slices, which stay there",
+        {"round": "1-based", "count": "pictures"},
+    ),
+    "warning": (
+        "something an operator should know",
+        {"code": "short code", "message": "safe sentence", "round": "1-based"},
+    ),
 }
 
 
@@ -63,7 +183,9 @@ class EventLog:
         stream: Also write each line here (stdout in containers).
     """
 
-    def __init__(self, path: Path | None, process: str, *, site: str = "", run: str = "", stream: TextIO | None = None) -> None:
+    def __init__(
+        self, path: Path | None, process: str, *, site: str = "", run: str = "", stream: TextIO | None = None
+    ) -> None:
         self.process = process
         self.site = site
         self.run = run
@@ -72,7 +194,10 @@ class EventLog:
         self._fd = -1
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o640)
+            size = os.fstat(self._fd).st_size
+            if size and os.pread(self._fd, 1, size - 1) != b"\n":
+                os.write(self._fd, b"\n")  # a crash left half a line: the next event begins its own
 
     def emit(self, event: str, /, **fields: Any) -> None:
         """Write one event.
@@ -89,7 +214,12 @@ class EventLog:
         unknown = fields.keys() - EVENTS[event][1].keys() - {"site"}
         if unknown:
             raise WardroundError(f"Event '{event}' has no field {sorted(unknown)}.")
-        line: dict[str, Any] = {"v": EVENT_SCHEMA, "t": round(time.time(), 4), "process": self.process, "event": event}
+        line: dict[str, Any] = {
+            "v": EVENT_SCHEMA,
+            "t": round(time.time(), 4),
+            "process": self.process,
+            "event": event,
+        }
         if self.run:
             line["run"] = self.run
         if self.site:
@@ -122,8 +252,11 @@ def _plain(value: Any) -> Any:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of a file; a last line that is not yet whole is left out."""
-    with path.open(encoding="utf-8") as lines:
+    """Yield the events of a file; a line that is not whole (still being written, or cut by a crash) is left out."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             if line.endswith("\n"):
-                yield json.loads(line)
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError:
+                    continue

@@ -37,7 +37,7 @@ PERSONAL = "personal"
 class MethodParams(BaseModel):
     """Base of a method's parameters: frozen; fields named after the paper's symbols, with range and description."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

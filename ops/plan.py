@@ -106,7 +106,9 @@ def make_plan(options: Options, root: Path, out: Path, *, runtime: str) -> Plan:
         raise ConfigError(
             f"The data is for task '{config.data.task}', '--task {options.task}' was asked. Leave --task out, or give other data."
         )
-    build_model(config.model, config.data, seed=config.seed)  # what cannot be built is refused before anything starts
+    build_model(
+        config.model, config.data, seed=config.seed
+    )  # what cannot be built is refused before anything starts
     get_task(config.data, config.train)
     return Plan(config, method, federation, sites, out, runtime)
 

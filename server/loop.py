@@ -8,6 +8,7 @@ with a code, and the round goes on if the quorum holds; the state changes only w
 from __future__ import annotations
 
 import random
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,9 @@ from server.checkpoint import Checkpoints
 from server.fold import OrderedFold
 from server.link import Answer, Link
 from server.roster import Roster, needed_sites
+
+# Names of figures and phases go into events and report: class names have spaces and accents, nothing has markup.
+WORD = re.compile(r"[\w .,+/()-]{1,80}")
 
 
 @dataclass
@@ -98,8 +102,8 @@ class RoundLoop:
             self.state = self.round(number)
             self.done = number
             self._save(number)
+        self._save_model()  # before the closing evaluation: a site missing there must not cost the model
         self.closing()
-        self._save_model()
         return self.state
 
     def round(self, number: int) -> State:
@@ -158,7 +162,9 @@ class RoundLoop:
             while waiting and time.monotonic() < deadline:
                 answers = self.link.poll(waiting)
                 for answer in answers:
-                    site = waiting.pop(answer.ticket)
+                    site = waiting.pop(answer.ticket, "")
+                    if not site:  # answered already
+                        continue
                     self._take(number, phase, site, answer, time.monotonic() - asked, log, order)
                 if waiting and not answers:
                     time.sleep(self.config.rounds.poll)
@@ -254,6 +260,19 @@ class RoundLoop:
         if (envelope.site, envelope.run, envelope.round, envelope.phase) != (site, self.run, number, phase):
             raise PayloadError(
                 f"{site}: answered as '{envelope.site[:64]}' for round {envelope.round}, asked was round {number}; the answer is refused.",
+                site=site,
+            )
+        words = [
+            word for item in envelope.metrics for word in (item.split, item.model, item.primary, *item.sums)
+        ]
+        if not all(WORD.fullmatch(word) for word in (*words, *envelope.seconds)):
+            raise PayloadError(
+                f"{site}: a name among its figures is no plain word; the answer is refused.", site=site
+            )
+        declared = self.roster.cases.get(site, envelope.cases)
+        if envelope.cases > declared:
+            raise PayloadError(
+                f"{site}: says {envelope.cases} training cases, its first answer said {declared}; the answer is refused.",
                 site=site,
             )
         if phase == ROUND:

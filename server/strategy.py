@@ -236,6 +236,8 @@ class MethodStrategy(Strategy):
                 envelope = decode(from_record(reply.content))
                 if envelope.failure:
                     raise WardroundError(envelope.failure[1])
+                if self._loop().roster.nodes.keys().isdisjoint({envelope.site}) or envelope.run != self.run:
+                    raise WardroundError("It is from no site of this run.")
                 if payloads:
                     expected = self._loop().template
                     check_payloads(envelope.payloads, self.method.server.uplink, expected, who=envelope.site)

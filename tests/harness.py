@@ -58,9 +58,12 @@ def table_config(
             "method": method, "params": params, "seed": seed, "sites": sites,
             "data": {"task": "tabular", "spatial_dims": 0, "channels": FEATURES, "labels": ("well", "ill"), "patch": ()},
             "train": {"batch_size": 5, "lr": 0.1, "optimizer": "sgd", "momentum": 0.0, "local_epochs": 2},
-            "rounds": {"rounds": rounds, "deadline": 5.0, "poll": 0.001, "ready_timeout": 5.0, "quorum": 0.5},
+            "rounds": {"rounds": rounds, "deadline": 60.0, "poll": 0.001, "ready_timeout": 60.0, "quorum": 0.5},
         }
     )  # fmt: skip
+
+
+SILENT: Parts = {}
 
 
 @dataclass
@@ -69,7 +72,8 @@ class MemoryLink:
 
     Attributes:
         sites: Sites by alias.
-        tamper: May change or drop (None) a site's answer: (alias, round, parts).
+        tamper: May change a site's answer (alias, round, parts), lose it with an error of the transport (None), or
+            let the site stay silent (`SILENT`).
         backwards: Deliver answers in reverse order of asking.
     """
 
@@ -101,7 +105,9 @@ class MemoryLink:
             answer = failure(error, alias)
         self.seen.append((alias, round_, parts, answer))
         changed = self.tamper(alias, round_, from_frames(to_frames(answer)))
-        return [] if changed is None else [Answer(ticket, changed)]
+        if changed is SILENT:
+            return []
+        return [Answer(ticket, changed, error="" if changed is not None else "the site is gone")]
 
 
 class Federation:

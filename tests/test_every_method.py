@@ -10,7 +10,7 @@ from common.methods import METHODS
 from common.payload import Payload, State
 from common.store import tensor_bytes
 from common.wire import decode, encode
-from tests.harness import Federation, MemoryLink, table_config
+from tests.harness import SILENT, Federation, MemoryLink, table_config
 
 ALL = sorted(METHODS)
 SENDING = [name for name in ALL if METHODS[name].server.uplink]
@@ -103,16 +103,27 @@ def test_resume_at_a_round_equals_the_uninterrupted_run(federation, name, stop):
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_missing_site_is_named_and_the_round_goes_on(federation, name):
-    def drop(alias, round_, parts):
+    def lose(alias, round_, parts):
         return None if alias == "beta" and round_ == 2 else parts
 
-    config = table_config(name)
-    config = config.model_copy(update={"rounds": config.rounds.model_copy(update={"deadline": 1.0})})
-    loop = federation.run(config, link=MemoryLink(federation.open_sites(), tamper=drop))
+    loop = federation.run(table_config(name), link=MemoryLink(federation.open_sites(), tamper=lose))
+    assert loop.done == 3
+    failed = [event for event in federation.events() if event["event"] == "site.failed"]
+    assert [(event["site"], event["round"], event["code"]) for event in failed] == [("beta", 2, "transport")]
+    assert "beta" not in loop.history[1].cases
+
+
+def test_a_silent_site_is_waited_for_until_the_deadline_and_then_named(federation):
+    def silence(alias, round_, parts):
+        return SILENT if alias == "beta" and round_ == 2 else parts
+
+    config = table_config()
+    config = config.model_copy(update={"rounds": config.rounds.model_copy(update={"deadline": 3.0})})
+    loop = federation.run(config, link=MemoryLink(federation.open_sites(), tamper=silence))
     assert loop.done == 3
     failed = [event for event in federation.events() if event["event"] == "site.failed"]
     assert [(event["site"], event["round"], event["code"]) for event in failed] == [("beta", 2, "deadline")]
-    assert "beta" not in loop.history[1].cases
+    assert loop.history[1].seconds >= 3.0
 
 
 def spoil(federation, name, change):
@@ -171,6 +182,32 @@ def test_zero_cases_are_refused(federation, name):
         envelope.cases = 0
 
     assert "no training case" in spoil(federation, name, change)
+
+
+def test_more_cases_than_declared_are_refused(federation):
+    def change(envelope):
+        envelope.cases += 1
+
+    assert "its first answer said" in spoil(federation, "fedavg", change)
+
+
+def test_markup_in_a_figures_name_is_refused(federation):
+    def change(envelope):
+        envelope.metrics[0].sums["<script>"] = (1.0, 1.0)
+
+    assert "no plain word" in spoil(federation, "fedavg", change)
+
+
+def test_the_model_is_saved_even_if_a_site_misses_the_closing_evaluation(federation):
+    def lose(alias, round_, parts):
+        return None if alias == "beta" and round_ == 4 else parts
+
+    config = table_config()
+    config = config.model_copy(update={"rounds": config.rounds.model_copy(update={"quorum": 1.0})})
+    loop = federation.start(config, link=MemoryLink(federation.open_sites(), tamper=lose))
+    with pytest.raises(QuorumError, match="beta"):
+        loop.execute()
+    assert (loop.checkpoints.models / "global.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -16,6 +16,7 @@ Conventions:
 from __future__ import annotations
 
 import math
+import warnings
 from typing import cast
 
 import torch
@@ -121,9 +122,15 @@ def surface_distance(predicted: Tensor, true: Tensor, spacing: tuple[float, ...]
     steps = spacing or (1.0,) * len(size)
     if not (predicted.any() and true.any()):
         return math.hypot(*((length - 1) * step for length, step in zip(size, steps, strict=True)))
-    # on the CPU, where it works on the surface's voxels alone, and is the same with and without a GPU
-    return float(
-        compute_hausdorff_distance(
-            predicted.cpu(), true.cpu(), include_background=True, percentile=PERCENTILE, spacing=list(steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI's own call of an argument that it deprecated
+        # on the CPU, where it works on the surface's voxels alone, and is the same with and without a GPU
+        return float(
+            compute_hausdorff_distance(
+                predicted.cpu(),
+                true.cpu(),
+                include_background=True,
+                percentile=PERCENTILE,
+                spacing=list(steps),
+            )
         )
-    )

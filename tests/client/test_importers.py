@@ -236,7 +236,13 @@ def test_msd_intensity_keeps_a_subject_at_one_site(tmp_path):
     }
     assert peaks == {"site-1": {False: 6}, "site-2": {False: 1, True: 7}}
     refused(
-        tmp_path, "7 subjects are too few for 3 sites", "msd", task, partition="intensity", sites=3, table=path
+        tmp_path,
+        "7 subjects are too few for 3 sites",
+        "msd",
+        task,
+        partition="intensity",
+        sites=3,
+        table=path,
     )
 
 

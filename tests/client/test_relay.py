@@ -127,8 +127,32 @@ def test_a_worker_that_comes_back_is_found(socket):
     finally:
         done.set()
         thread.join()
-    waits = dict(module.CHANNEL_OPTIONS)
-    assert waits["grpc.initial_reconnect_backoff_ms"] <= waits["grpc.max_reconnect_backoff_ms"] <= 1000
+
+
+def test_the_way_to_the_worker_costs_next_to_nothing(socket):
+    with serving(socket, lambda site, parts, context: {"head": b"x"}):
+        seconds = []
+        for _ in range(5):
+            started = time.monotonic()
+            ask(socket, parts={"head": b"x"})
+            seconds.append(time.monotonic() - started)
+    assert min(seconds) < 0.15  # gRPC's own way of waiting for a channel takes 0.2 s at least
+
+
+def test_a_socket_of_another_user(socket, monkeypatch):
+    class Forbidden(module.sockets.socket):
+        def connect(self, path):
+            raise PermissionError(13, SECRET)
+
+    monkeypatch.setattr(module.sockets, "socket", Forbidden)
+    assert (
+        failure_of(ask(socket)[0])[2]
+        == "alpha: the relay may not open the worker's socket. Run both as the same user."
+    )
+
+
+def test_a_socket_path_too_long(socket):
+    assert failure_of(ask(socket + "x" * 200)[0])[1] == "worker"
 
 
 def test_a_worker_that_raises(socket):

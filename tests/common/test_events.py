@@ -128,3 +128,16 @@ def test_a_stream_gets_the_same_line_as_the_file(tmp_path):
     stream = io.StringIO()
     EventLog(tmp_path / "e.jsonl", "relay", stream=stream).emit("phase", phase="train")
     assert (tmp_path / "e.jsonl").read_text() == stream.getvalue()
+
+
+def test_half_a_line_left_by_a_crash_spoils_neither_the_next_event_nor_the_reading(tmp_path):
+    path = tmp_path / "events.jsonl"
+    first = EventLog(path, "server")
+    first.emit("round.start", round=1, sites=["alpha"])
+    first.close()
+    with path.open("ab") as file:
+        file.write(b'{"v":1,"event":"round.e')
+    second = EventLog(path, "server")
+    second.emit("round.start", round=2, sites=["alpha"])
+    second.close()
+    assert [event["round"] for event in read_events(path)] == [1, 2]

@@ -23,7 +23,7 @@ from common.wire import (
     encode_payload,
     read_header,
 )
-from tests.common.strategies import bits, envelopes, payloads, plain
+from tests.common.strategies import bits, envelopes, plain
 
 FEW = settings(max_examples=40, deadline=None)
 MANY = settings(max_examples=100, deadline=None)
@@ -393,10 +393,3 @@ def test_a_lying_header_raises_nothing_else(heads, size):
         return
     for payload in back.payloads.values():
         assert sum(tensor.numel() * tensor.itemsize for tensor in payload.tensors.values()) == size
-
-
-@FEW
-@given(payloads())
-def test_a_payload_alone_comes_back_under_its_own_name(payload):
-    back = decode(encode(Envelope("r", 1, ROUND, "a", payloads={payload.name: payload})))
-    assert [plain(item) for item in back.payloads.values()] == [plain(payload)]
