@@ -2,8 +2,8 @@
 
 Determinism: on the CPU every operation that a network of ours uses is deterministic for a fixed number of threads, and
 torch is told to refuse any other. On CUDA, cuDNN and cuBLAS are held to deterministic kernels; a few operations have
-none (max and adaptive pooling over volumes, in `densenet121`), and torch then warns instead of refusing, so there two
-runs may differ in the last bits.
+none, and torch then warns instead of refusing: pooling over volumes, in `densenet121`, whose weights may then differ in
+the last bits between two runs, and the sum of a cross-entropy, where only the reported loss may.
 """
 
 from __future__ import annotations

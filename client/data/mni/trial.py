@@ -127,8 +127,8 @@ def _federation(voxel_mm: float, sites: int) -> Federation:
             "normalise": "case",
         },
         "model": {"width": 8, "levels": 3},
-        "train": {"local_epochs": 2, "batch_size": 4, "optimizer": "adam", "lr": 0.003},
-        "rounds": {"rounds": 5},
+        "train": {"local_epochs": 2, "batch_size": 4, "optimizer": "adam", "lr": 0.006},
+        "rounds": {"rounds": 8},
     }
     title = f"{sites} simulated hospitals: brain tissues on the MNI152 template, {voxel_mm:g} mm"
     return Federation("mni152", title, NOTE, settings)
