@@ -57,7 +57,7 @@ def test_a_seed_gives_the_same_weights_and_leaves_the_global_generator_alone(nam
     first, again, other = (build_model(*setting(name), seed=seed).state_dict() for seed in (1, 1, 2))
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(first[key], again[key]) for key in first)
-    if name != "logistic":  # starts from zero
+    if name != "logistic":
         assert any(not torch.equal(first[key], other[key]) for key in first)
     meta = template(build_model(*setting(name), seed=1))
     assert {key: (value.shape, value.dtype) for key, value in meta.items()} == {
