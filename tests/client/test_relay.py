@@ -178,14 +178,17 @@ def test_a_worker_that_dies_during_the_call(socket):
 
     def work(site, parts, context):
         working.set()
-        released.wait(5)
+        released.wait(20)
         return {"head": b"late"}
 
     with serving(socket, work) as server:
-        killer = threading.Thread(target=lambda: (working.wait(5), server.stop(0), released.set()))
+        killer = threading.Thread(target=lambda: (working.wait(5), server.stop(0)))
         killer.start()
-        site, code, message = failure_of(ask(socket)[0])
-        killer.join()
+        try:
+            site, code, message = failure_of(ask(socket)[0])
+        finally:
+            released.set()  # only now: a worker let go earlier might still get its answer out
+            killer.join()
     assert (site, code) == ("alpha", "worker")
     assert message.startswith("alpha: the call to the worker broke (")
 
