@@ -125,11 +125,7 @@ class Site:
     def _round(self, envelope: Envelope) -> Envelope:
         session = self._open(envelope.run, envelope.config)
         trainer, half = session.trainer, session.half
-        self._accept(envelope, session)
-        trainer.begin(self._context(envelope, session))
-        saved = session.states.before(envelope.round)
-        state = split_state(saved, "method") if saved else half.init(trainer)
-        trainer.restore_optimizer(split_state(saved, "optimizer") if saved else State())
+        state = self._begin(envelope, session)
         clock = Clock()
         self._phase(envelope.round, "evaluate")
         hd95 = session.config.rounds.hd95 == "always"
@@ -153,13 +149,23 @@ class Site:
             envelope, payloads=payloads, metrics=metrics, cases=result.cases, loss=loss, seconds=clock.seconds
         )
 
+    def _begin(self, envelope: Envelope, session: Session) -> State:
+        """Check what came, bring the trainer to the round's start, and return the method's state there."""
+        self._accept(envelope, session)
+        session.trainer.begin(self._context(envelope, session))
+        saved = session.states.before(envelope.round)
+        session.trainer.restore_optimizer(split_state(saved, "optimizer") if saved else State())
+        if saved:
+            return split_state(saved, "method")
+        # A first round that is asked again finds the network trained: the method starts from the seeded one.
+        config = session.config
+        session.trainer.load(build_model(config.model, config.data, seed=config.seed).state_dict())
+        return session.half.init(session.trainer)
+
     def _closing(self, envelope: Envelope) -> Envelope:
         session = self._open(envelope.run, envelope.config)
         trainer, half = session.trainer, session.half
-        self._accept(envelope, session)
-        trainer.begin(self._context(envelope, session))
-        saved = session.states.before(envelope.round)
-        state = split_state(saved, "method") if saved else half.init(trainer)
+        state = self._begin(envelope, session)
         clock = Clock()
         self._phase(envelope.round, "evaluate")
         models = half.models(envelope.payloads, state)

@@ -93,8 +93,8 @@ def test_port_numbers_that_do_not_exist(port):
 def test_released_port_can_be_taken_again():
     (port,) = ports.free_ports(1)
     ports.release_ports([port, 1])
-    with socket.create_server((ports.LOOPBACK, port)):
-        pass
+    with socket.create_server((ports.LOOPBACK, port)) as server:
+        assert server.getsockname()[1] == port
 
 
 def test_too_many_ports_is_a_clear_error_and_leaves_none_held(monkeypatch):
