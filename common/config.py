@@ -124,12 +124,50 @@ class RoundConfig(Strict):
     ready_timeout: float = Field(
         default=300.0, gt=0, description="seconds the run waits for every site's first answer"
     )
+    retries: int = Field(
+        default=3, ge=0,
+        description="how often a site that cannot be reached is asked again in a round that can do without it; "
+        "without it a round that cannot asks until the deadline",
+    )  # fmt: skip
+    retry_wait: float = Field(
+        default=2.0, gt=0, le=60, description="seconds before the first repetition; doubles up to 60"
+    )
+    probe: float = Field(
+        default=20.0,
+        gt=0,
+        description="seconds of silence after which a site is asked whether it still works on the round",
+    )
     sample: float = Field(
         default=1.0, gt=0, le=1, description="share of the sites asked in a round, drawn with the run's seed"
     )
     poll: float = Field(default=0.05, gt=0, description="seconds between looks for replies")
     hd95: Literal["never", "end", "always"] = Field(
         default="end", description="when the slow surface distance is computed"
+    )
+
+
+class GuardConfig(Strict):
+    """What the coordinator refuses to let into the global model, whatever the method."""
+
+    reduce: Literal["declared", "median", "trimmed-mean"] = Field(
+        default="declared",
+        description="replaces the case-weighted mean: coordinate-wise median or trimmed mean over the sites",
+    )
+    trim: float = Field(default=0.2, ge=0, lt=0.5, description="share of the sites cut off at each end")
+    update_ratio: float = Field(
+        default=100.0, ge=0,
+        description="refuse an update whose norm is above this multiple of the model's (at least 1); 0 off",
+    )  # fmt: skip
+    update_norm: float = Field(default=0.0, ge=0, description="refuse an update above this L2 norm; 0 off")
+    outlier: float = Field(
+        default=0.0, ge=0,
+        description="refuse an update whose norm is above this multiple of the sites' median norm of the round "
+        "(three sites or more); 0 off",
+    )  # fmt: skip
+    rms: float = Field(
+        default=1e6,
+        ge=0,
+        description="refuse a tensor whose root mean square is above this, both ways; 0 off",
     )
 
 
@@ -153,6 +191,7 @@ class RunConfig(Strict):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     rounds: RoundConfig = RoundConfig()
+    guard: GuardConfig = GuardConfig()
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:

@@ -11,7 +11,9 @@
     ├── ProcessError          a process of the trial ended or never became ready      exit 9
     ├── CredentialError       a key or certificate that does not match                exit 10
     ├── CancelledError        the work was cancelled from outside                     exit 11
-    └── TrainingError         local training went wrong (loss not finite)             exit 12
+    ├── TrainingError         local training went wrong (loss not finite)             exit 12
+    ├── StorageError          a volume is full or cannot be written                   exit 13
+    └── LedgerError           a ledger is changed, cut, or cannot be continued        exit 14
 
 `str(error)` is the safe sentence: it names site and case by alias only, never a path, a file name, a header
 value or the text of a foreign exception. What a person at the hospital needs beside it goes into `detail`,
@@ -119,6 +121,20 @@ class TrainingError(WardroundError):
 
     code = "training"
     exit_code = 12
+
+
+class StorageError(WardroundError):
+    """A volume is full, or cannot be written or read."""
+
+    code = "storage"
+    exit_code = 13
+
+
+class LedgerError(WardroundError):
+    """A hospital's ledger is changed, cut short, or cannot be continued."""
+
+    code = "ledger"
+    exit_code = 14
 
 
 def safe_sentence(error: BaseException) -> tuple[str, str]:

@@ -82,6 +82,41 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "site.refused": ("a site does not fit the run", {"code": "error code", "message": "safe sentence"}),
+    "site.joined": (
+        "a site that was not there when the run began, or came back as another node, takes part from now on",
+        {"round": "the first it is asked in", "cases": "training cases"},
+    ),
+    "site.retry": (
+        "a site could not be reached or lost the message; it is asked again",
+        {
+            "round": "1-based",
+            "code": "error code",
+            "message": "safe sentence",
+            "attempt": "1 for the first repetition",
+            "seconds": "wait before it",
+        },
+    ),
+    "site.late": (
+        "an answer arrived after its round had ended, or twice; it is refused",
+        {"round": "the round it was for", "seconds": "since it was asked"},
+    ),
+    "run.resume": (
+        "the server continues a run from its checkpoint",
+        {"round": "last complete round; 0 if none was", "attempt": "how often the run was continued, from 1"},
+    ),
+    "checkpoint.refused": (
+        "a checkpoint could not be read; the one before it is used",
+        {"round": "1-based", "code": "error code", "message": "safe sentence"},
+    ),
+    "process.restart": (
+        "the supervisor starts a process again",
+        {
+            "name": "its name",
+            "attempt": "1-based, since it last ran well",
+            "why": "exited, silent or lost",
+            "seconds": "wait before it",
+        },
+    ),
     "round.start": (
         "a round began",
         {"round": "1-based", "sites": "aliases asked", "closing": "true for the last evaluation"},
@@ -109,6 +144,7 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
             "local": "seconds in the worker",
             "phases": "seconds by phase in the worker",
             "relay": "CPU seconds and MB of the relay",
+            "ledger": "COUNT:HASH of the site's ledger when the answer left",
             "cases": "training cases",
             "loss": "mean training loss",
         },

@@ -43,6 +43,8 @@ class Reduce(StrEnum):
 
     WEIGHTED_MEAN = "weighted-mean"
     SUM = "sum"
+    MEDIAN = "median"
+    TRIMMED_MEAN = "trimmed-mean"
     NONE = "none"
 
 

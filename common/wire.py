@@ -23,7 +23,7 @@ from common.proto import wardround_pb2 as pb
 WIRE_SCHEMA = 1
 MAX_DIMS = 64
 MAX_VALUES = 1 << 59  # beyond it torch overflows where it counts strides, even of a tensor without values
-HELLO, ROUND, CLOSING = pb.HELLO, pb.ROUND, pb.CLOSING
+HELLO, ROUND, CLOSING, PING = pb.HELLO, pb.ROUND, pb.CLOSING, pb.PING
 
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -67,6 +67,8 @@ class Envelope:
     failure: tuple[str, str] | None = None
     device: str = ""
     software: str = common.__version__
+    versions: dict[str, str] = field(default_factory=dict)
+    ledger: str = ""
 
 
 def encode(envelope: Envelope) -> Parts:
@@ -74,6 +76,7 @@ def encode(envelope: Envelope) -> Parts:
     header = pb.Header(
         schema=WIRE_SCHEMA, software=envelope.software, run=envelope.run, round=envelope.round, phase=envelope.phase,
         site=envelope.site, cases=envelope.cases, loss=envelope.loss, device=envelope.device, rounds=envelope.rounds,
+        ledger=envelope.ledger, versions=dict(sorted(envelope.versions.items())),
     )  # fmt: skip
     for phase, seconds in sorted(envelope.seconds.items()):
         header.seconds[phase] = seconds
@@ -137,7 +140,7 @@ def decode(parts: Parts) -> Envelope:
         payloads=payloads, config=_text(parts, "config"), metrics=_metrics_from_proto(parts.get("metrics", b"")),
         summary=_text(parts, "summary"), cases=header.cases, loss=header.loss, seconds=dict(header.seconds),
         failure=(header.failure.code, header.failure.message) if header.HasField("failure") else None,
-        device=header.device, software=header.software,
+        device=header.device, software=header.software, versions=dict(header.versions), ledger=header.ledger,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63ommon/proto/wardround.proto\x12\x0cwardround.v1\"V\n\x06Scalar\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x11\n\x07integer\x18\x02 \x01(\x12H\x00\x12\x10\n\x06number\x18\x03 \x01(\x01H\x00\x12\x0e\n\x04\x66lag\x18\x04 \x01(\x08H\x00\x42\x07\n\x05value\"X\n\nTensorHead\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0e\n\x06nbytes\x18\x05 \x01(\x04\"\xf9\x01\n\x0bPayloadHead\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05\x63odec\x18\x03 \x01(\t\x12)\n\x07tensors\x18\x04 \x03(\x0b\x32\x18.wardround.v1.TensorHead\x12\x31\n\x04meta\x18\x05 \x03(\x0b\x32#.wardround.v1.PayloadHead.MetaEntry\x12\x0e\n\x06nbytes\x18\x06 \x01(\x04\x12\x0e\n\x06sha256\x18\x07 \x01(\x0c\x1a\x41\n\tMetaEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.wardround.v1.Scalar:\x02\x38\x01\"(\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xee\x02\n\x06Header\x12\x0e\n\x06schema\x18\x01 \x01(\r\x12\x10\n\x08software\x18\x02 \x01(\t\x12\x0b\n\x03run\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\"\n\x05phase\x18\x05 \x01(\x0e\x32\x13.wardround.v1.Phase\x12\x0c\n\x04site\x18\x06 \x01(\t\x12\r\n\x05\x63\x61ses\x18\x07 \x01(\x04\x12\x0c\n\x04loss\x18\x08 \x01(\x01\x12+\n\x08payloads\x18\t \x03(\x0b\x32\x19.wardround.v1.PayloadHead\x12\x32\n\x07seconds\x18\n \x03(\x0b\x32!.wardround.v1.Header.SecondsEntry\x12&\n\x07\x66\x61ilure\x18\x0b \x01(\x0b\x32\x15.wardround.v1.Failure\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12\x0e\n\x06rounds\x18\r \x01(\r\x1a.\n\x0cSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"-\n\x03Sum\x12\x11\n\tnumerator\x18\x01 \x01(\x01\x12\x13\n\x0b\x64\x65nominator\x18\x02 \x01(\x01\"\xc9\x01\n\tMetricSet\x12\r\n\x05round\x18\x01 \x01(\r\x12\r\n\x05split\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05\x63\x61ses\x18\x04 \x01(\x04\x12/\n\x04sums\x18\x05 \x03(\x0b\x32!.wardround.v1.MetricSet.SumsEntry\x12\x0f\n\x07primary\x18\x06 \x01(\t\x1a>\n\tSumsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12 \n\x05value\x18\x02 \x01(\x0b\x32\x11.wardround.v1.Sum:\x02\x38\x01\"0\n\x07Metrics\x12%\n\x04sets\x18\x01 \x03(\x0b\x32\x17.wardround.v1.MetricSet\")\n\tPartStart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\"J\n\x05\x46rame\x12\'\n\x04part\x18\x01 \x01(\x0b\x32\x17.wardround.v1.PartStartH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x66rame*A\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\t\n\x05HELLO\x10\x01\x12\t\n\x05ROUND\x10\x02\x12\x0b\n\x07\x43LOSING\x10\x03\x32@\n\x06Worker\x12\x36\n\x06Handle\x12\x13.wardround.v1.Frame\x1a\x13.wardround.v1.Frame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63ommon/proto/wardround.proto\x12\x0cwardround.v1\"V\n\x06Scalar\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x11\n\x07integer\x18\x02 \x01(\x12H\x00\x12\x10\n\x06number\x18\x03 \x01(\x01H\x00\x12\x0e\n\x04\x66lag\x18\x04 \x01(\x08H\x00\x42\x07\n\x05value\"X\n\nTensorHead\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0e\n\x06nbytes\x18\x05 \x01(\x04\"\xf9\x01\n\x0bPayloadHead\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05\x63odec\x18\x03 \x01(\t\x12)\n\x07tensors\x18\x04 \x03(\x0b\x32\x18.wardround.v1.TensorHead\x12\x31\n\x04meta\x18\x05 \x03(\x0b\x32#.wardround.v1.PayloadHead.MetaEntry\x12\x0e\n\x06nbytes\x18\x06 \x01(\x04\x12\x0e\n\x06sha256\x18\x07 \x01(\x0c\x1a\x41\n\tMetaEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.wardround.v1.Scalar:\x02\x38\x01\"(\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xe5\x03\n\x06Header\x12\x0e\n\x06schema\x18\x01 \x01(\r\x12\x10\n\x08software\x18\x02 \x01(\t\x12\x0b\n\x03run\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\"\n\x05phase\x18\x05 \x01(\x0e\x32\x13.wardround.v1.Phase\x12\x0c\n\x04site\x18\x06 \x01(\t\x12\r\n\x05\x63\x61ses\x18\x07 \x01(\x04\x12\x0c\n\x04loss\x18\x08 \x01(\x01\x12+\n\x08payloads\x18\t \x03(\x0b\x32\x19.wardround.v1.PayloadHead\x12\x32\n\x07seconds\x18\n \x03(\x0b\x32!.wardround.v1.Header.SecondsEntry\x12&\n\x07\x66\x61ilure\x18\x0b \x01(\x0b\x32\x15.wardround.v1.Failure\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12\x0e\n\x06rounds\x18\r \x01(\r\x12\x34\n\x08versions\x18\x0e \x03(\x0b\x32\".wardround.v1.Header.VersionsEntry\x12\x0e\n\x06ledger\x18\x0f \x01(\t\x1a.\n\x0cSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"-\n\x03Sum\x12\x11\n\tnumerator\x18\x01 \x01(\x01\x12\x13\n\x0b\x64\x65nominator\x18\x02 \x01(\x01\"\xc9\x01\n\tMetricSet\x12\r\n\x05round\x18\x01 \x01(\r\x12\r\n\x05split\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05\x63\x61ses\x18\x04 \x01(\x04\x12/\n\x04sums\x18\x05 \x03(\x0b\x32!.wardround.v1.MetricSet.SumsEntry\x12\x0f\n\x07primary\x18\x06 \x01(\t\x1a>\n\tSumsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12 \n\x05value\x18\x02 \x01(\x0b\x32\x11.wardround.v1.Sum:\x02\x38\x01\"0\n\x07Metrics\x12%\n\x04sets\x18\x01 \x03(\x0b\x32\x17.wardround.v1.MetricSet\")\n\tPartStart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\"J\n\x05\x46rame\x12\'\n\x04part\x18\x01 \x01(\x0b\x32\x17.wardround.v1.PartStartH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x66rame*K\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\t\n\x05HELLO\x10\x01\x12\t\n\x05ROUND\x10\x02\x12\x0b\n\x07\x43LOSING\x10\x03\x12\x08\n\x04PING\x10\x04\x32@\n\x06Worker\x12\x36\n\x06Handle\x12\x13.wardround.v1.Frame\x1a\x13.wardround.v1.Frame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,10 +35,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PAYLOADHEAD_METAENTRY']._serialized_options = b'8\001'
   _globals['_HEADER_SECONDSENTRY']._loaded_options = None
   _globals['_HEADER_SECONDSENTRY']._serialized_options = b'8\001'
+  _globals['_HEADER_VERSIONSENTRY']._loaded_options = None
+  _globals['_HEADER_VERSIONSENTRY']._serialized_options = b'8\001'
   _globals['_METRICSET_SUMSENTRY']._loaded_options = None
   _globals['_METRICSET_SUMSENTRY']._serialized_options = b'8\001'
-  _globals['_PHASE']._serialized_start=1307
-  _globals['_PHASE']._serialized_end=1372
+  _globals['_PHASE']._serialized_start=1426
+  _globals['_PHASE']._serialized_end=1501
   _globals['_SCALAR']._serialized_start=46
   _globals['_SCALAR']._serialized_end=132
   _globals['_TENSORHEAD']._serialized_start=134
@@ -50,21 +52,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FAILURE']._serialized_start=476
   _globals['_FAILURE']._serialized_end=516
   _globals['_HEADER']._serialized_start=519
-  _globals['_HEADER']._serialized_end=885
-  _globals['_HEADER_SECONDSENTRY']._serialized_start=839
-  _globals['_HEADER_SECONDSENTRY']._serialized_end=885
-  _globals['_SUM']._serialized_start=887
-  _globals['_SUM']._serialized_end=932
-  _globals['_METRICSET']._serialized_start=935
-  _globals['_METRICSET']._serialized_end=1136
-  _globals['_METRICSET_SUMSENTRY']._serialized_start=1074
-  _globals['_METRICSET_SUMSENTRY']._serialized_end=1136
-  _globals['_METRICS']._serialized_start=1138
-  _globals['_METRICS']._serialized_end=1186
-  _globals['_PARTSTART']._serialized_start=1188
-  _globals['_PARTSTART']._serialized_end=1229
-  _globals['_FRAME']._serialized_start=1231
-  _globals['_FRAME']._serialized_end=1305
-  _globals['_WORKER']._serialized_start=1374
-  _globals['_WORKER']._serialized_end=1438
+  _globals['_HEADER']._serialized_end=1004
+  _globals['_HEADER_SECONDSENTRY']._serialized_start=909
+  _globals['_HEADER_SECONDSENTRY']._serialized_end=955
+  _globals['_HEADER_VERSIONSENTRY']._serialized_start=957
+  _globals['_HEADER_VERSIONSENTRY']._serialized_end=1004
+  _globals['_SUM']._serialized_start=1006
+  _globals['_SUM']._serialized_end=1051
+  _globals['_METRICSET']._serialized_start=1054
+  _globals['_METRICSET']._serialized_end=1255
+  _globals['_METRICSET_SUMSENTRY']._serialized_start=1193
+  _globals['_METRICSET_SUMSENTRY']._serialized_end=1255
+  _globals['_METRICS']._serialized_start=1257
+  _globals['_METRICS']._serialized_end=1305
+  _globals['_PARTSTART']._serialized_start=1307
+  _globals['_PARTSTART']._serialized_end=1348
+  _globals['_FRAME']._serialized_start=1350
+  _globals['_FRAME']._serialized_end=1424
+  _globals['_WORKER']._serialized_start=1503
+  _globals['_WORKER']._serialized_end=1567
 # @@protoc_insertion_point(module_scope)

@@ -13,10 +13,12 @@ class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     HELLO: _ClassVar[Phase]
     ROUND: _ClassVar[Phase]
     CLOSING: _ClassVar[Phase]
+    PING: _ClassVar[Phase]
 PHASE_UNSPECIFIED: Phase
 HELLO: Phase
 ROUND: Phase
 CLOSING: Phase
+PING: Phase
 
 class Scalar(_message.Message):
     __slots__ = ("text", "integer", "number", "flag")
@@ -78,7 +80,7 @@ class Failure(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("schema", "software", "run", "round", "phase", "site", "cases", "loss", "payloads", "seconds", "failure", "device", "rounds")
+    __slots__ = ("schema", "software", "run", "round", "phase", "site", "cases", "loss", "payloads", "seconds", "failure", "device", "rounds", "versions", "ledger")
     class SecondsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +88,13 @@ class Header(_message.Message):
         key: str
         value: float
         def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class VersionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +108,8 @@ class Header(_message.Message):
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
     schema: int
     software: str
     run: str
@@ -112,7 +123,9 @@ class Header(_message.Message):
     failure: Failure
     device: str
     rounds: int
-    def __init__(self, schema: _Optional[int] = ..., software: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., site: _Optional[str] = ..., cases: _Optional[int] = ..., loss: _Optional[float] = ..., payloads: _Optional[_Iterable[_Union[PayloadHead, _Mapping]]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., device: _Optional[str] = ..., rounds: _Optional[int] = ...) -> None: ...
+    versions: _containers.ScalarMap[str, str]
+    ledger: str
+    def __init__(self, schema: _Optional[int] = ..., software: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., site: _Optional[str] = ..., cases: _Optional[int] = ..., loss: _Optional[float] = ..., payloads: _Optional[_Iterable[_Union[PayloadHead, _Mapping]]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., device: _Optional[str] = ..., rounds: _Optional[int] = ..., versions: _Optional[_Mapping[str, str]] = ..., ledger: _Optional[str] = ...) -> None: ...
 
 class Sum(_message.Message):
     __slots__ = ("numerator", "denominator")
