@@ -17,6 +17,7 @@ import torch
 
 import common
 from client import policy
+from client.border import Border
 from client.data.dataset import SiteDataset
 from client.site_config import SiteConfig
 from client.site_data import SiteData
@@ -30,10 +31,11 @@ from common.frames import Parts
 from common.method import PERSONAL, Method, RoundContext, SiteHalf, make_halves
 from common.methods import get_method
 from common.models import build_model, parameter_groups, template
-from common.payload import Payload, State, Tensors, check_payloads
+from common.payload import State, Tensors
 from common.store import write_tensors
 from common.tasks import get_task
-from common.wire import CLOSING, HELLO, ROUND, Envelope, MetricSet, decode, encode
+from common.versions import require_same, versions_of
+from common.wire import CLOSING, HELLO, PING, ROUND, Envelope, MetricSet, decode, encode
 
 SLICES = 3
 PROGRESS_SECONDS = 0.25
@@ -52,6 +54,7 @@ class Session:
     dataset: SiteDataset
     trainer: Trainer
     template: Tensors
+    network: Tensors
     states: SiteStates
 
 
@@ -68,6 +71,10 @@ class Site:
         self.alias = config.alias
         self.events = events
         self.device = choose_device(config.compute.device)
+        self.border = Border(config)
+        self.busy: tuple[str, int] = ("", 0)
+        self._asked: tuple[str, int, int] = ("", 0, HELLO)
+        self._seconds: dict[str, float] = {}
         self._session: Session | None = None
         self.data = SiteData(config.alias, config.data, config.compute.cache_mb << 20)
         self._check_cancelled: Callable[[], None] = lambda: None
@@ -85,34 +92,54 @@ class Site:
         """
         started = time.perf_counter()
         self._check_cancelled = check_cancelled
-        envelope = decode(parts)
+        envelope = self.border.receive(parts)
+        self._asked = (envelope.run, envelope.round, envelope.phase)
         if envelope.software != common.__version__:
             raise MismatchError(
-                f"{self.alias}: the coordinator runs wardround {envelope.software}, this site {common.__version__}; "
+                f"{self.alias}: the coordinator runs wardround {envelope.software[:40]}, this site {common.__version__}; "
                 "install the same version.", site=self.alias,
             )  # fmt: skip
         if envelope.phase != HELLO and envelope.site != self.alias:
             raise MismatchError(
-                f"{self.alias}: the message is for site '{envelope.site[:64]}'; give the SuperNode the site's own alias.",
-                site=self.alias,
-            )
-        decoded = time.perf_counter() - started
+                f"{self.alias}: the message is for site '{ascii(envelope.site[:64])[1:-1]}'; give the SuperNode the site's "
+                "own alias.", site=self.alias,
+            )  # fmt: skip
         answers = {HELLO: self._hello, ROUND: self._round, CLOSING: self._closing}
         if envelope.phase not in answers:
             raise PayloadError(
                 f"{self.alias}: the message has the unknown phase {envelope.phase}.", site=self.alias
             )
-        reply = answers[envelope.phase](envelope)
-        reply.seconds["decode"] = decoded
-        encode_started = time.perf_counter()
-        answer = encode(reply)
+        self._seconds = {"decode": time.perf_counter() - started}
+        self.busy = (envelope.run, envelope.round)
+        try:
+            reply = answers[envelope.phase](envelope)
+            reply.seconds.update(self._seconds)
+            encode_started = time.perf_counter()
+            answer = self._release(reply, envelope)
+        finally:
+            self.busy = ("", 0)
         self._tell_done(envelope, time.perf_counter() - encode_started)
         return answer
+
+    def ping(self, parts: Parts) -> Parts:
+        """Say which round the site works on now (0: none). Answered beside work in progress; carries nothing else."""
+        envelope = decode(parts)
+        run, round_ = self.busy
+        return encode(Envelope(envelope.run, round_ if run == envelope.run else 0, PING, self.alias))
+
+    def failed(self, parts: Parts) -> None:
+        """Note an answer that only says why there is none."""
+        self.border.failed(*self._asked, parts)
+
+    def close(self) -> None:
+        """Let another worker have this site."""
+        self.border.close()
 
     def _hello(self, envelope: Envelope) -> Envelope:
         config = RunConfig.from_json(envelope.config)
         method = get_method(config.method)
         policy.take_part(self.config.policy, self.alias, method)
+        self._require_same_versions(envelope, config, method)
         self._phase(0, "check")
         check = self.data.check(config.data)
         check.raise_errors()
@@ -120,7 +147,15 @@ class Site:
         session = self._open(envelope.run, envelope.config)
         cases = session.dataset.counts["training"]
         policy.enough_cases(self.config.policy, self.alias, cases)
-        return self._reply(envelope, summary=check.summary().model_dump_json(), cases=cases)
+        summary = check.summary()
+        if self.config.privacy.summary == "counts":
+            summary = summary.counts_only()
+        versions = versions_of(session.config, session.method, session.network)
+        return self._reply(envelope, summary=summary.model_dump_json(), cases=cases, versions=versions)
+
+    def _require_same_versions(self, envelope: Envelope, config: RunConfig, method: Method) -> None:
+        network = template(build_model(config.model, config.data, seed=config.seed))
+        require_same(versions_of(config, method, network), envelope.versions, site=self.alias)
 
     def _round(self, envelope: Envelope) -> Envelope:
         session = self._open(envelope.run, envelope.config)
@@ -139,7 +174,6 @@ class Site:
         result = half.train(trainer, envelope.payloads, state)
         clock.lap("train")
         payloads = {payload.name: payload for payload in result.payloads}
-        self._release(payloads, session, result.cases)
         session.states.write(
             envelope.round, join_states(method=result.state, optimizer=trainer.optimizer_state())
         )
@@ -223,21 +257,24 @@ class Site:
             device=self.device, amp=self._amp(), check_cancelled=lambda: self._check_cancelled(), on_progress=self._progress,
         )  # fmt: skip
         server, half = make_halves(method, config)
-        travelling = dict(server.travelling(template(network), groups))
+        whole = template(network)
+        travelling = dict(server.travelling(whole, groups))
         states = SiteStates(self.config.home / "state" / run)
-        self._session = Session(run, text, config, method, half, dataset, trainer, travelling, states)
+        self._session = Session(run, text, config, method, half, dataset, trainer, travelling, whole, states)
         return self._session
 
     def _accept(self, envelope: Envelope, session: Session) -> None:
         """Check what came down before anything is done with it."""
         if envelope.round < 1:
             raise PayloadError(f"{self.alias}: round {envelope.round} is no round.", site=self.alias)
-        check_payloads(envelope.payloads, session.method.server.downlink, session.template, who="coordinator")
+        specs = session.method.server.downlink
+        self.border.accept(envelope.payloads, specs, session.template, session.config.guard)
 
-    def _release(self, payloads: dict[str, Payload], session: Session, cases: int) -> None:
-        """Check what is about to leave: the method's promise and the hospital's policy."""
-        check_payloads(payloads, session.method.server.uplink, session.template, who=self.alias)
-        policy.release(self.config.policy, self.alias, payloads.values(), cases)
+    def _release(self, reply: Envelope, envelope: Envelope) -> Parts:
+        """Hand an answer to the border: what leaves is decided and noted there."""
+        session = self._open(envelope.run, envelope.config)
+        specs = session.method.server.uplink
+        return self.border.release(reply, envelope.payloads, specs, session.template, session.config.guard)
 
     def _amp(self) -> bool:
         choice = self.config.compute.amp

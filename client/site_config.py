@@ -15,6 +15,14 @@ cache_mb = 2048                 # decoded volumes kept in memory at most
 methods = ["*"]                 # methods this hospital takes part in
 kinds = ["*"]                   # payload kinds that may leave (common/payload.py, Kind)
 min_cases = 1                   # training cases below which nothing leaves
+max_out_mb = 0                  # most that may leave in a round, repetitions included; 0 no limit
+max_in_mb = 0                   # most that is taken in a round; 0 no limit
+
+[privacy]
+metrics = true                  # evaluation figures may leave
+metrics_min_cases = 1           # figures over fewer cases stay in
+summary = "full"                # first answer: full, or counts (no intensities, sizes, spacings, class shares)
+clip_norm = 0                   # what training adds to the model is scaled down to this L2 norm; 0 off
 """
 
 from __future__ import annotations
@@ -46,6 +54,23 @@ class Policy(Strict):
     methods: tuple[str, ...] = ("*",)
     kinds: tuple[str, ...] = ("*",)
     min_cases: int = Field(default=1, ge=1)
+    max_out_mb: float = Field(
+        default=0, ge=0, description="most MB that may leave in a round, repetitions included; 0 no limit"
+    )
+    max_in_mb: float = Field(default=0, ge=0, description="most MB taken in a round; 0 no limit")
+
+
+class Privacy(Strict):
+    """What of the site's figures may leave, and how strongly one round may speak."""
+
+    metrics: bool = Field(default=True, description="evaluation figures may leave")
+    metrics_min_cases: int = Field(default=1, ge=1, description="figures over fewer cases stay in")
+    summary: Literal["full", "counts"] = Field(
+        default="full", description="counts leaves out intensities, sizes, spacings and shares"
+    )
+    clip_norm: float = Field(
+        default=0, ge=0, description="L2 norm to which what training adds is scaled down; 0 off"
+    )
 
 
 class SiteConfig(Strict):
@@ -63,6 +88,7 @@ class SiteConfig(Strict):
     events: Path | None = Field(default=None, description="events file; home/events-ALIAS.jsonl if unset")
     compute: Compute = Compute()
     policy: Policy = Policy()
+    privacy: Privacy = Privacy()
 
 
 def read_site_config(path: Path) -> SiteConfig:

@@ -34,7 +34,7 @@ from common.events import EventLog
 from common.frames import Parts, from_frames, to_frames
 from common.proto import wardround_pb2 as pb
 from common.proto.wardround_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
-from common.wire import WIRE_SCHEMA
+from common.wire import PING, WIRE_SCHEMA, read_header
 
 log = logging.getLogger("wardround.worker")
 HANDLERS = 4  # one works, the others answer health and refuse politely
@@ -74,9 +74,11 @@ class Service(WorkerServicer):
         try:
             parts = _received(frames)
             site = self._site(alias)
+            if _is_ping(parts):
+                return site.ping(parts)
             self._wait_for_turn(check_cancelled)
             try:
-                return site.handle(parts, check_cancelled)
+                return self._work(site, parts, check_cancelled)
             finally:
                 self._working.release()
         except Exception as error:  # a broken call must not end the worker
@@ -95,6 +97,14 @@ class Service(WorkerServicer):
                 site.events.emit("warning", code=code, message=message)
                 site.events.emit("phase", phase="idle")
             return failure(error, name)
+
+    @staticmethod
+    def _work(site: Site, parts: Parts, check_cancelled: Callable[[], None]) -> Parts:
+        try:
+            return site.handle(parts, check_cancelled)
+        except Exception as error:
+            site.failed(failure(error, site.alias))
+            raise
 
     def _site(self, alias: str) -> Site:
         index = alias.removeprefix("partition:")
@@ -117,6 +127,13 @@ def _received(frames: Iterable[pb.Frame]) -> Parts:
         return from_frames(frames)
     except grpc.RpcError as error:
         raise CancelledError("The relay went away before its message was whole.") from error
+
+
+def _is_ping(parts: Parts) -> bool:
+    try:
+        return read_header(parts).phase == PING
+    except WardroundError:  # the site says what is wrong with it, and notes it
+        return False
 
 
 def failure(error: BaseException, site: str) -> Parts:
@@ -233,6 +250,8 @@ def main(argv: list[str] | None = None) -> int:
     service.stopping.set()
     checks.enter_graceful_shutdown()
     server.stop(STOP_SECONDS).wait()
+    for site in service.sites.values():
+        site.close()
     configs[0].socket.unlink(missing_ok=True)
     return 0
 

@@ -11,6 +11,7 @@ trial), event, and where known run and site.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -264,7 +265,9 @@ class EventLog:
         text = json.dumps(_plain(line), separators=(",", ":")) + "\n"
         with self._lock:
             if self._fd >= 0:
-                os.write(self._fd, text.encode())  # one write of a whole line: readers never see half of it
+                # One write of a whole line: readers never see half of it. A full volume costs the line, not the work.
+                with contextlib.suppress(OSError):
+                    os.write(self._fd, text.encode())
             if self._stream is not None:
                 self._stream.write(text)
                 self._stream.flush()

@@ -13,6 +13,7 @@ says so, and Flower then works at its own pace. Nothing here changes what travel
 | longest wait between two retries | 10 s | 0.5 s | both ends, large messages |
 | ServerApp lets its log flow off | 1-3 s | 0.5 s | the end of a run |
 | telemetry that is switched off | starts `file` | nothing | every start and end of a process |
+| two missed heartbeats, after which a SuperNode is gone | 60 s | 30 s | a site whose SuperNode was killed |
 | SuperNode after a message that got lost half-way | for ever | goes on | a site, until it is restarted |
 """
 
@@ -36,6 +37,7 @@ REPLY_SECONDS = 0.05
 RETRY_SECONDS = 0.05
 RETRY_CAP_SECONDS = 0.5
 LOG_FLUSH_SECONDS = 0.5
+HEARTBEAT_SECONDS = 15
 RETRIES = 20_000
 """Flower gives an object up after 500 tries or 7200 s; with short waits only the second limit may count."""
 
@@ -56,7 +58,7 @@ def apply(*, role: Role) -> list[str]:
         A warning for each wait that keeps Flower's own length, logged as well; empty if all were shortened.
     """
     patches: dict[str, tuple[Callable[[], None], ...]] = {
-        "supernode": (_sleeps, _retries, _silence, _lost_messages),
+        "supernode": (_sleeps, _retries, _silence, _lost_messages, _heartbeats),
         "relay": (_retries, _silence),
         "server": (_retries, _silence, _log_flush),
     }
@@ -243,6 +245,16 @@ def _silence() -> None:
         "create_event(event_type, event_details)" in inspect.getsource(module.event), "how telemetry is made"
     )
     _set(module, "create_event", _nothing_to_tell)
+
+
+def _heartbeats() -> None:
+    """A SuperNode that was killed counts as present for two intervals, and is not let in again before."""
+    connection = importlib.import_module("flwr.client.grpc_rere_client.connection")
+    heartbeat = importlib.import_module("flwr.supercore.heartbeat")
+    for module in (connection, heartbeat):
+        _expect(module.HEARTBEAT_DEFAULT_INTERVAL in (30, HEARTBEAT_SECONDS), "the SuperNode's heartbeat")
+    for module in (connection, heartbeat):
+        _set(module, "HEARTBEAT_DEFAULT_INTERVAL", HEARTBEAT_SECONDS)
 
 
 def _lost_messages() -> None:

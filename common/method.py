@@ -11,9 +11,9 @@ The halves hold their parameters and nothing else; whatever must be remembered i
     fold(acc, reply) -> acc             ◄─────── payloads, cases
     finish(state, acc, ctx) -> State
 
-`fold` takes one reply at a time, in the fixed order of the sites, and may keep only sums, so memory does not grow with
-the number of sites and the order of arrival changes nothing. The base class reduces each payload as its spec says;
-most methods override one thing.
+`fold` takes one reply at a time, in the fixed order of the sites, and may keep only sums, or tensors on a shelf outside
+the memory, so memory does not grow with the number of sites and the order of arrival changes nothing. The base class
+reduces each payload as its spec says, or as the run's guard says; most methods override one thing.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from common.config import RunConfig, checked
+from common.config import GuardConfig, RunConfig, checked
 from common.errors import ConfigError, PayloadError, nearest
+from common.numerics.robust import coordinate_median, trimmed_mean
 from common.payload import Kind, Payload, Payloads, PayloadSpec, Reduce, State, Template, Tensors
+from common.shelf import Shelf
 
 GLOBAL = "global"
 PERSONAL = "personal"
+ROBUST = (Reduce.MEDIAN, Reduce.TRIMMED_MEAN)
 
 
 class MethodParams(BaseModel):
@@ -91,10 +94,17 @@ class Reply:
 
 @dataclass
 class Accumulator:
-    """Running sums over the replies folded so far: float64, by payload and tensor name."""
+    """What a round knows of the replies folded so far.
+
+    Attributes:
+        sums: Running sums (float64) by payload and tensor name; `weights` are their weights by payload.
+        kept: The sites' own tensors by payload, where the reduction needs all of them at once; used up by `finish`.
+        cases: Training cases of all `sites`, which are in the order of folding.
+    """
 
     sums: dict[str, Tensors] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, Shelf] = field(default_factory=dict)
     cases: int = 0
     sites: list[str] = field(default_factory=list)
 
@@ -103,11 +113,17 @@ class ServerHalf:
     """Server half of a method: FedAvg's, unless overridden.
 
     The model lies in the state's namespace "model". A subclass that adds payloads extends `downlink`/`uplink` and
-    overrides `send` and `update`; one with an unusual reduction overrides `fold` and `finish`.
+    overrides `send` and `update`; one with an unusual reduction overrides `fold` and `finish`, and then asks
+    `reduction` itself if the run's guard is to hold for it.
+
+    Attributes:
+        robust: The run's guard; `reduce` and `trim` of it say how case-weighted means are replaced. Set on the
+            instance (`make_halves`, the round loop); the default changes nothing.
     """
 
     downlink: ClassVar[tuple[PayloadSpec, ...]] = (PayloadSpec("model", Kind.MODEL, Reduce.NONE),)
     uplink: ClassVar[tuple[PayloadSpec, ...]] = (PayloadSpec("model", Kind.MODEL, Reduce.WEIGHTED_MEAN),)
+    robust: GuardConfig = GuardConfig()
 
     def __init__(self, params: Any) -> None:
         self.params = params
@@ -137,13 +153,40 @@ class ServerHalf:
         """Return an empty accumulator for the round."""
         return Accumulator()
 
+    def reduction(self, spec: PayloadSpec) -> Reduce:
+        """Return how a payload of the uplink is reduced: as declared, or as the guard replaces a weighted mean."""
+        if spec.reduce is Reduce.WEIGHTED_MEAN and self.robust.reduce != "declared":
+            return Reduce(self.robust.reduce)
+        return spec.reduce
+
+    def check(self, reply: Reply, state: State, ctx: RoundContext) -> None:
+        """Refuse a reply for what only this method can see; nothing more than the common checks, unless overridden.
+
+        Called when a reply arrives and has passed the common checks (spec, size, update norm), with the state before
+        the round. `fold` may come much later and must not fail then: whatever could make it fail is refused here.
+
+        Raises:
+            PayloadError: The reply cannot be used; the site is named and left out of the round.
+        """
+
     def fold(self, acc: Accumulator, reply: Reply) -> Accumulator:
-        """Take in one reply; nothing of it may be kept but sums. Replies come in the fixed order of the sites."""
+        """Take in one reply. Replies come in the fixed order of the sites.
+
+        Nothing of it may stay in memory but sums; what a median or trimmed mean needs goes to a shelf.
+
+        Raises:
+            PayloadError: Tensors for a median or trimmed mean that differ from the other sites' in name or shape.
+            StorageError: The shelf cannot be written.
+        """
         specs = {spec.name: spec for spec in self.uplink}
         for name, payload in reply.payloads.items():
-            if specs[name].reduce is Reduce.NONE:
+            how = self.reduction(specs[name])
+            if how is Reduce.NONE:
                 continue
-            weight = float(reply.cases) if specs[name].reduce is Reduce.WEIGHTED_MEAN else 1.0
+            if how in ROBUST:
+                acc.kept.setdefault(name, Shelf(name)).put(payload.tensors, who=reply.site)
+                continue
+            weight = float(reply.cases) if how is Reduce.WEIGHTED_MEAN else 1.0
             sums = acc.sums.setdefault(name, {})
             for key, tensor in payload.tensors.items():
                 term = tensor.to(torch.float64) * weight
@@ -154,10 +197,11 @@ class ServerHalf:
         return acc
 
     def finish(self, state: State, acc: Accumulator, ctx: RoundContext) -> State:
-        """Close the round: divide the sums as declared and hand them to `update`.
+        """Close the round: reduce every payload and hand the results to `update`. The accumulator is then used up.
 
         Raises:
             PayloadError: No site contributed a single case.
+            StorageError: The shelf of a median or trimmed mean cannot be read back.
         """
         if not acc.sites or acc.cases <= 0:
             raise PayloadError(
@@ -166,9 +210,19 @@ class ServerHalf:
         reduced: dict[str, Tensors] = {}
         for spec in self.uplink:
             if spec.name in acc.sums:
-                divisor = acc.weights[spec.name] if spec.reduce is Reduce.WEIGHTED_MEAN else 1.0
+                weighted = self.reduction(spec) is Reduce.WEIGHTED_MEAN
+                divisor = acc.weights[spec.name] if weighted else 1.0
                 reduced[spec.name] = {key: total / divisor for key, total in acc.sums[spec.name].items()}
+            elif spec.name in acc.kept:
+                shelf = acc.kept.pop(spec.name)
+                reduced[spec.name] = {
+                    key: self._robust(self.reduction(spec), shelf.stack(key)) for key in shelf.names()
+                }
+                shelf.close()
         return self.update(state, reduced, ctx)
+
+    def _robust(self, how: Reduce, stack: Tensor) -> Tensor:
+        return coordinate_median(stack) if how is Reduce.MEDIAN else trimmed_mean(stack, self.robust.trim)
 
     def update(self, state: State, reduced: dict[str, Tensors], ctx: RoundContext) -> State:
         """Return the next state from the reduced payloads (float64). FedAvg: the mean is the new model."""
@@ -306,6 +360,8 @@ class Method:
         neutral: Parameters at which the method equals `equals` to the bit.
         equals: Name of the method it then equals ("" if the paper names none).
         personal: True if each hospital ends with a model of its own.
+        version: Raised when a change makes the two halves of different versions unable to work together; compared in
+            the first exchange.
     """
 
     name: str
@@ -316,6 +372,7 @@ class Method:
     neutral: Mapping[str, Any] = field(default_factory=dict)
     equals: str = ""
     personal: bool = False
+    version: int = 1
 
     def parse(self, params: Mapping[str, Any]) -> MethodParams:
         """Check the method's parameters.
@@ -327,9 +384,11 @@ class Method:
 
 
 def make_halves(method: Method, config: RunConfig) -> tuple[ServerHalf, SiteHalf]:
-    """Build both halves with a run's parameters (each end uses one of them)."""
+    """Build both halves with a run's parameters and guard (each end uses one of them)."""
     params = method.parse(config.params)
-    return method.server(params), method.site(params)
+    server = method.server(params)
+    server.robust = config.guard
+    return server, method.site(params)
 
 
 def cast_like(tensor: Tensor, like: Tensor) -> Tensor:

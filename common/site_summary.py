@@ -8,7 +8,7 @@ use `mismatches`: the site before it loads anything, the coordinator before roun
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 
@@ -59,6 +59,21 @@ class SiteSummary(Strict):
     missing_share: dict[str, float] = Field(default_factory=dict)
     problems: dict[str, int] = Field(default_factory=dict)
     errors: int = Field(default=0, ge=0)
+
+    def counts_only(self) -> Self:
+        """Return what a site says that tells no more than it must: names, counts and problems."""
+        kept = {
+            "site",
+            "task",
+            "spatial_dims",
+            "channels",
+            "labels",
+            "cases",
+            "unlabelled",
+            "problems",
+            "errors",
+        }
+        return type(self)(**{name: getattr(self, name) for name in kept})
 
 
 @dataclass(frozen=True)

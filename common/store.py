@@ -8,12 +8,13 @@ It is written beside its place and renamed into it, so a reader finds the old on
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,47 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 import common
-from common.errors import PayloadError
+from common.errors import PayloadError, StorageError
 from common.payload import State, Tensors
 
 STORE_SCHEMA = 1
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SAVED = re.compile(r"(?:round-(\d{6,})|\.round-(\d{6,})\.old)")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically and durably."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file atomically and durably.
+
+    Raises:
+        StorageError: The volume is full or cannot be written; what was there stays.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storing():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_through(temporary, data)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def storing() -> Iterator[None]:
+    """Turn what a volume complains of into an error that may cross the border."""
     try:
-        _write_through(temporary, data)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+        yield
+    except OSError as error:
+        reason = (
+            "it is full"
+            if error.errno in FULL
+            else f"{errno.errorcode.get(error.errno or 0, 'unknown error')}"
+        )
+        raise StorageError(
+            f"The volume cannot be written ({reason}); what was saved before is untouched. Free space or mend it, "
+            "then go on.", detail=str(error),
+        ) from error  # fmt: skip
 
 
 def tensor_bytes(tensors: Tensors, notes: Mapping[str, str] | None = None) -> bytes:
@@ -65,6 +89,9 @@ def write_state(folder: Path, state: State) -> int:
 
     Returns:
         Bytes written.
+
+    Raises:
+        StorageError: The volume is full or cannot be written; what was there stays.
     """
     files = {
         "state.safetensors": tensor_bytes(state.tensors),
@@ -79,6 +106,12 @@ def write_state(folder: Path, state: State) -> int:
         },
     }
     files["manifest.json"] = json.dumps(manifest, sort_keys=True, indent=1).encode()
+    with storing():
+        _replace_folder(folder, files)
+    return sum(len(data) for data in files.values())
+
+
+def _replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -96,7 +129,6 @@ def write_state(folder: Path, state: State) -> int:
         raise
     _sync_folder(folder.parent)
     shutil.rmtree(_old(folder), ignore_errors=True)
-    return sum(len(data) for data in files.values())
 
 
 def read_state(folder: Path) -> State:

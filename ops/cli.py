@@ -83,6 +83,14 @@ def trial(
         typer.Option("--runtime", help="Pre-forked relays and short polls, or Flower's own parts."),
     ] = "fast",
     device: DEVICE = "auto",
+    transport: Annotated[
+        Literal["memory", "file"],
+        typer.Option(
+            "--transport",
+            help="Where the SuperLink keeps messages: in memory, for models of any size; or in a file, which a "
+            "SuperLink that is restarted reads again (models up to about 100 MB).",
+        ),
+    ] = "memory",
     threads: Annotated[
         int,
         typer.Option("--threads", min=0, help="CPU threads per worker; 0 shares the cores among the sites."),
@@ -104,7 +112,10 @@ def trial(
     from ops.trial import run_trial
 
     options = _options(method, data, task, sites, rounds, local_epochs, seed, out, settings)
-    raise typer.Exit(run_trial(options, runtime=runtime, device=device, threads=threads, command=_command()))
+    code = run_trial(
+        options, runtime=runtime, transport=transport, device=device, threads=threads, command=_command()
+    )
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -131,6 +142,26 @@ def simulate(
 
     options = _options(method, data, task, sites, rounds, local_epochs, seed, out, settings)
     raise typer.Exit(run_simulated(options, device=device, threads=threads, command=_command()))
+
+
+@app.command()
+def resume(
+    run: Annotated[
+        Path, typer.Argument(help="Run folder of a trial or simulation, e.g. runs/20260101-120000-fedavg.")
+    ],
+) -> None:
+    """Continue a run that was killed, stopped or failed, from its last complete round.
+
+    The final models are those of an uninterrupted run, to the bit. A round that was under way is done again. Everything
+    is started anew: keys, SuperLink, SuperNodes, workers; data and settings are those of the run.
+
+    [bold]Example[/bold]
+
+      wardround resume runs/20260101-120000-fedavg
+    """
+    from ops.trial import resume_run
+
+    raise typer.Exit(resume_run(run))
 
 
 @app.command()
@@ -182,11 +213,13 @@ def _mount() -> None:
     if app.registered_groups:  # main may be called more than once in a process
         return
     from ops.data_cli import data_app
+    from ops.ledger_cli import ledger_app
     from ops.report_cli import report, watch
     from ops.site_cli import site_app
 
     app.add_typer(data_app, name="data")
     app.add_typer(site_app, name="site")
+    app.add_typer(ledger_app, name="ledger")
     app.command("report")(report)
     app.command("watch")(watch)
 

@@ -22,6 +22,7 @@ from ops.ports import LOOPBACK, free_ports
 from ops.processes import Process
 
 Runtime = Literal["fast", "stock"]
+Transport = Literal["memory", "file"]
 IN_MEMORY = ":flwr-in-memory:"
 RELAY_APP = "client.relay:app"
 

@@ -191,6 +191,16 @@ def load_public_key(path: Path, *, site: str = "") -> ec.EllipticCurvePublicKey:
     return loaded
 
 
+def load_public_pem(path: Path, *, site: str = "") -> bytes:
+    """Return a site's public key as Flower lists it (PEM).
+
+    Raises:
+        CredentialError: The file cannot be read or holds no such key.
+    """
+    key = load_public_key(path, site=site)
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
 def _issue(names: Sequence[str], days: int) -> tuple[bytes, bytes, bytes]:
     """Return (authority certificate, server certificate, server key) as PEM."""
     start = datetime.datetime.now(datetime.UTC) - _SKEW

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+from client.site_config import read_site_config
 from common.config import RunConfig
 from common.errors import ConfigError, DataError, nearest
 from common.federation import FEDERATION_FILE, Federation, find_sites, read_federation
@@ -24,6 +25,7 @@ from common.methods import get_method
 from common.models import build_model
 from common.store import write_bytes
 from common.tasks import get_task
+from ops.flower_commands import Transport
 from ops.options import DEFAULT, Options
 
 DEFAULT_SITES = 3
@@ -41,6 +43,9 @@ class Plan:
         sites: Data folder by alias, in the fixed order of the sites.
         out: The run folder.
         runtime: "fast", "stock" or "simulation".
+        device: Where workers compute.
+        threads: CPU threads per worker; 0 shares the cores.
+        transport: Where the SuperLink keeps messages: "memory" or "file".
         command: The command line that repeats it.
         notes: What else goes into config.json.
     """
@@ -51,6 +56,9 @@ class Plan:
     sites: dict[str, Path]
     out: Path
     runtime: str = "fast"
+    device: str = "auto"
+    threads: int = 0
+    transport: Transport = "memory"
     command: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -62,6 +70,9 @@ class Plan:
             "note": self.federation.note,
             "data_name": self.federation.name,
             "runtime": self.runtime,
+            "device": self.device,
+            "threads": self.threads,
+            "transport": self.transport,
             "command": self.command,
             "software": versions(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -111,6 +122,31 @@ def make_plan(options: Options, root: Path, out: Path, *, runtime: str) -> Plan:
     )  # what cannot be built is refused before anything starts
     get_task(config.data, config.train)
     return Plan(config, method, federation, sites, out, runtime)
+
+
+def read_plan(out: Path) -> Plan:
+    """Return the plan of a run folder, to continue it.
+
+    Raises:
+        ConfigError: No run folder, or one whose run never began.
+    """
+    try:
+        document = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        config = RunConfig.from_mapping(document["config"])
+        files = {alias: out / "sites" / alias / "site.toml" for alias in config.sites}
+        sites = {alias: read_site_config(file).data for alias, file in files.items()}
+        plan = Plan(
+            config, get_method(config.method),
+            Federation(name=document["data_name"], title=document["title"], note=document["note"]), sites, out,
+            runtime=document["runtime"], device=document["device"], threads=document["threads"],
+            transport=document["transport"], command=document["command"],
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            "This is no run folder that can be continued: expected one with config.json and a sites folder, as "
+            "`wardround trial` makes it. Give the folder that it named.", detail=f"{out}: {error}",
+        ) from error  # fmt: skip
+    return plan
 
 
 def choose_sites(found: dict[str, Path], wanted: str | None) -> dict[str, Path]:

@@ -6,13 +6,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from client.data.check import check_site
-from client.site_config import Compute, SiteConfig, write_site_config
+from client.site_config import Compute, SiteConfig, read_site_config, write_site_config
 from common.errors import DataError, WardroundError
 from common.events import EventLog
 from ops.options import DEFAULT, Options
@@ -26,9 +28,16 @@ def progress_bar(console: Console) -> Progress:
 
 
 def prepare(
-    options: Options, out: Path, *, runtime: str, command: str, events: EventLog, console: Console
+    options: Options, out: Path, *, settings: Mapping[str, Any], events: EventLog, console: Console
 ) -> Plan:
     """Write the default data if it is missing, make the plan, check every site's data.
+
+    Args:
+        options: What was typed.
+        out: The run folder.
+        settings: Fields of the plan: runtime, device, threads, transport, command.
+        events: The command's events.
+        console: For progress.
 
     Raises:
         ConfigError, DataError, MismatchError: What is wrong, with the site and the case alias.
@@ -55,8 +64,7 @@ def prepare(
         except WardroundError:
             if not has_default(root):  # another trial, started at the same time, may have written it
                 raise
-    plan = make_plan(options, root, out, runtime=runtime)
-    plan.command = command
+    plan = replace(make_plan(options, root, out, runtime="fast"), **settings)
     plan.write()
     check_sites(plan, events, console)
     return plan
@@ -87,8 +95,10 @@ def short_folder() -> Path:
     return folder
 
 
-def write_sites(plan: Plan, sockets: Mapping[str, Path], *, device: str, threads: int) -> dict[str, Path]:
+def write_sites(plan: Plan, sockets: Mapping[str, Path], *, threads: int) -> dict[str, Path]:
     """Write each hospital's site.toml into its own folder of the run and return the files by alias.
+
+    One that is there already, of a run that goes on, keeps everything but its socket.
 
     Raises:
         DataError: A site's folder cannot be made.
@@ -102,10 +112,13 @@ def write_sites(plan: Plan, sockets: Mapping[str, Path], *, device: str, threads
             raise DataError(
                 f"{alias}: its folder in the run folder cannot be made ({error.strerror}).", detail=str(home)
             ) from error
-        config = SiteConfig(
-            alias=alias, data=data.resolve(), socket=sockets[alias], home=home, models=plan.out / "models",
-            events=plan.out / f"events-{alias}.jsonl", compute=Compute(device=device, threads=threads),
-        )  # fmt: skip
         files[alias] = home / "site.toml"
+        if files[alias].is_file():  # of a run that goes on: what the hospital decided stands
+            config = read_site_config(files[alias]).model_copy(update={"socket": sockets[alias]})
+        else:
+            config = SiteConfig(
+                alias=alias, data=data.resolve(), socket=sockets[alias], home=home, models=plan.out / "models",
+                events=plan.out / f"events-{alias}.jsonl", compute=Compute(device=plan.device, threads=threads),
+            )  # fmt: skip
         write_site_config(config, files[alias])
     return files

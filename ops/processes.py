@@ -254,7 +254,11 @@ class ProcessGroup:
                 )
             time.sleep(interval)
         for process in waited:
-            self._emit("process.ready", process, seconds=time.monotonic() - process.started)
+            self.note_ready(process)
+
+    def note_ready(self, process: Process) -> None:
+        """Tell that a process answers."""
+        self._emit("process.ready", process, seconds=time.monotonic() - process.started)
 
     def stop(self, name: str, seconds: float = STOP_SECONDS) -> None:
         """Stop one process: SIGTERM, then SIGKILL for what is left of it after `seconds`.
@@ -271,6 +275,12 @@ class ProcessGroup:
         is left. Nothing of the trial runs when this returns; a second Ctrl-C skips the waiting.
         """
         self._finish(list(reversed(self.processes.values())), seconds)
+
+    def note_exit(self, process: Process) -> None:
+        """Tell that a process ended by itself, once."""
+        code = process.exit_code()
+        if code is not None:
+            self._report(process, code)
 
     def memory(self) -> dict[str, tuple[float, float]]:
         """Return (MB now, MB at most) by name; see `Process.memory`."""

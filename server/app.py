@@ -22,6 +22,7 @@ from common import flower_fast
 from common.config import RunConfig
 from common.errors import WardroundError, safe_sentence
 from common.events import EventLog
+from server.checkpoint import Checkpoints
 from server.link import FlowerLink
 from server.strategy import MethodStrategy
 
@@ -68,7 +69,13 @@ def main(grid: Grid, context: Context) -> None:
             parameters=strategy.parameters, bytes=size, software=common.__version__,
         )  # fmt: skip
         strategy.summary()
-        strategy.prepare(FlowerLink(grid)).execute()
+        # A site may still be working on a round of the attempt before, and answers when it is done with it.
+        rounds = config.rounds
+        again = Checkpoints(folder).begun()
+        patience = max(rounds.ready_timeout, rounds.deadline) if again else rounds.ready_timeout
+        loop = strategy.prepare(FlowerLink(grid), patience=patience)
+        loop.resume()
+        loop.execute()
     except BaseException as error:
         code, message = safe_sentence(error)
         events.emit(

@@ -24,20 +24,27 @@ class OrderedFold:
         order: Aliases of the sites that were asked, in their fixed order.
         fold: Takes one reply; called once per site that answered.
         folder: Where early replies wait.
+        hold: Let all replies wait until `release`, so that one may still be left out when all are known.
     """
 
     def __init__(
-        self, order: Sequence[str], fold: Callable[[str, Parts], None], folder: Path | None = None
+        self,
+        order: Sequence[str],
+        fold: Callable[[str, Parts], None],
+        folder: Path | None = None,
+        *,
+        hold: bool = False,
     ) -> None:
         self._order = list(order)
         self._fold = fold
         self._folder = folder
+        self._hold = hold
         self._early: dict[str, tempfile.SpooledTemporaryFile[bytes] | None] = {}
         self._next = 0
 
     def put(self, site: str, parts: Parts) -> None:
         """Take a site's reply."""
-        if self._next < len(self._order) and self._order[self._next] == site:
+        if not self._hold and self._next < len(self._order) and self._order[self._next] == site:
             self._fold(site, parts)
             self._next += 1
             self._drain()
@@ -45,8 +52,17 @@ class OrderedFold:
             self._early[site] = self._spool(parts)
 
     def skip(self, site: str) -> None:
-        """Note that a site will not answer this round."""
+        """Note that a site does not contribute to this round; a reply of it that waits is dropped."""
+        waiting = self._early.get(site)
+        if waiting is not None:
+            waiting.close()
         self._early[site] = None
+        if not self._hold:
+            self._drain()
+
+    def release(self) -> None:
+        """Fold what was held."""
+        self._hold = False
         self._drain()
 
     def _drain(self) -> None:

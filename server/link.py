@@ -13,9 +13,9 @@ from common.errors import safe_sentence
 from common.flower import EVALUATE, QUERY, TRAIN, from_record, make_message, relay_figures
 from common.frames import Parts
 from common.proto.wardround_pb2 import Phase
-from common.wire import CLOSING, HELLO, ROUND
+from common.wire import CLOSING, HELLO, PING, ROUND
 
-KINDS = {HELLO: QUERY, ROUND: TRAIN, CLOSING: EVALUATE}
+KINDS = {HELLO: QUERY, ROUND: TRAIN, CLOSING: EVALUATE, PING: QUERY}
 
 # What Flower's error codes mean to an operator (docs/runtime.md); its own texts may carry a site's exception, so they end here.
 FLOWER_ERRORS = {

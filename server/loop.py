@@ -17,18 +17,21 @@ from common.config import RunConfig
 from common.errors import PayloadError, QuorumError, WardroundError, safe_sentence
 from common.events import EventLog
 from common.frames import Parts
+from common.guard import check_size, check_state, check_updates, outliers
 from common.method import Accumulator, Groups, Method, Reply, RoundContext
 from common.payload import State, Tensors, check_payloads
 from common.proto.wardround_pb2 import Phase
 from common.tasks import divide
 from common.wire import CLOSING, ROUND, Envelope, MetricSet, bytes_by_kind, decode, encode
 from server.checkpoint import Checkpoints
+from server.cycle import TRANSPORT, Cycle, LateTickets
 from server.fold import OrderedFold
 from server.link import Answer, Link
-from server.roster import Roster, needed_sites
+from server.roster import Roster, RosterCall, needed_sites
 
 # Names of figures and phases go into events and report: class names have spaces and accents, nothing has markup.
 WORD = re.compile(r"[\w .,+/()-]{1,80}")
+LEDGER = re.compile(r"(\d{1,15}:[0-9a-f]{64})?")
 
 
 @dataclass
@@ -36,19 +39,23 @@ class RoundLog:
     """What one cycle brought.
 
     Attributes:
+        number: The round.
         cases: Training cases by contributing site.
         missing: (code, sentence) by site that did not contribute.
         metrics: Figures by site.
         losses: Mean training loss by site.
         local: Seconds in the worker by site.
+        norms: Norm of the update by site.
         seconds: Wall seconds of the cycle.
     """
 
+    number: int
     cases: dict[str, int] = field(default_factory=dict)
     missing: dict[str, tuple[str, str]] = field(default_factory=dict)
     metrics: dict[str, list[MetricSet]] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     local: dict[str, float] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -57,7 +64,7 @@ class RoundLoop:
 
     Args:
         link: How sites are reached.
-        roster: The sites, in their fixed order.
+        roster: The sites that are there, in their fixed order.
         run: Run identifier.
         config: The run's configuration.
         method: The method.
@@ -65,6 +72,7 @@ class RoundLoop:
         groups: Its parameter groups.
         events: Where everything is told.
         checkpoints: Where states and models are written; None keeps nothing.
+        call: Lets sites that come later join; None keeps the roster as it is.
     """
 
     def __init__(
@@ -78,6 +86,7 @@ class RoundLoop:
         groups: Groups,
         events: EventLog,
         checkpoints: Checkpoints | None = None,
+        call: RosterCall | None = None,
     ) -> None:
         self.link = link
         self.roster = roster
@@ -85,15 +94,39 @@ class RoundLoop:
         self.config = config
         self.method = method
         self.server = method.server(method.parse(config.params))
+        self.server.robust = config.guard
         self.template = self.server.travelling(model, groups)
         self.events = events
         self.checkpoints = checkpoints
+        self.call = call
         self.state = self.server.init(model, groups, self._context(0))
         self.done = 0
         self.history: list[RoundLog] = []
+        self._late = LateTickets()
+        self._absent: set[str] = set()
+
+    def resume(self) -> bool:
+        """Continue from the newest checkpoint that can be read; false where the run begins.
+
+        Raises:
+            PayloadError: There are checkpoints, and none can be read.
+            ConfigError: They are of another configuration.
+        """
+        if self.checkpoints is None:
+            return False
+        self.done, state, attempt = self.checkpoints.newest(self.config.to_json(), self._refuse_checkpoint)
+        if not attempt:
+            return False
+        self.state = state or self.state
+        self.events.emit("run.resume", round=self.done, attempt=attempt)
+        return True
+
+    def _refuse_checkpoint(self, number: int, error: WardroundError) -> None:
+        code, message = safe_sentence(error)
+        self.events.emit("checkpoint.refused", round=number, code=code, message=message)
 
     def execute(self) -> State:
-        """Run all rounds and the closing evaluation, and return the final state.
+        """Run the rounds that are left and the closing evaluation, and return the final state.
 
         Raises:
             QuorumError: Too few sites contributed to a round; the state is the last whole round's.
@@ -111,18 +144,21 @@ class RoundLoop:
 
         Raises:
             QuorumError: Too few sites contributed.
+            PayloadError: The result is not finite.
         """
         context = self._context(number)
+        sites = self._sample(number)
+        needed = max(needed_sites(self.config, len(sites)), 1)
         acc = self.server.begin(self.state, context)
-        log, acc = self._cycle(number, ROUND, self._sample(number), acc)
-        needed = needed_sites(self.config, len(log.cases) + len(log.missing))
-        if len(log.cases) < max(needed, 1):
+        log, acc = self._cycle(number, ROUND, sites, acc, needed)
+        if len(log.cases) < needed:
             self._tell_end(number, log, closing=False)
             raise QuorumError(
-                f"Round {number}: {len(log.cases)} sites contributed, {max(needed, 1)} are needed. "
+                f"Round {number}: {len(log.cases)} sites contributed, {needed} are needed. "
                 + " ".join(sentence for _, sentence in log.missing.values())
             )
         state = self.server.finish(self.state, acc, context)
+        check_state(state.tensors, what=f"Round {number}")
         self._tell_end(number, log, closing=False)
         return state
 
@@ -133,19 +169,27 @@ class RoundLoop:
             QuorumError: Too few sites evaluated the end.
         """
         number = self.config.rounds.rounds + 1
-        log, _ = self._cycle(number, CLOSING, list(self.roster.nodes), None)
+        sites = self.expected()
+        needed = max(needed_sites(self.config, len(sites)), 1)
+        log, _ = self._cycle(number, CLOSING, sites, None, needed)
         self._tell_end(number, log, closing=True)
-        if len(log.cases) < max(needed_sites(self.config, len(self.roster.nodes)), 1):
+        if len(log.cases) < needed:
             raise QuorumError(
-                "The closing evaluation: " + " ".join(sentence for _, sentence in log.missing.values())
+                f"The closing evaluation: {len(log.cases)} sites took part, {needed} are needed. "
+                + " ".join(sentence for _, sentence in log.missing.values())
             )
 
+    def expected(self) -> list[str]:
+        """Return the sites that belong to the run, there or not, in their fixed order."""
+        return list(self.config.sites) or list(self.roster.nodes)
+
     def _cycle(
-        self, number: int, phase: Phase, sites: list[str], acc: Accumulator | None
+        self, number: int, phase: Phase, sites: list[str], acc: Accumulator | None, needed: int
     ) -> tuple[RoundLog, Accumulator]:
         started = time.monotonic()
-        log = RoundLog()
+        log = RoundLog(number)
         self.history.append(log)
+        self._welcome(number)
         self.events.emit("round.start", round=number, sites=sites, closing=phase == CLOSING)
         folded: list[Accumulator] = [acc] if acc is not None else []
 
@@ -154,68 +198,60 @@ class RoundLoop:
                 envelope = decode(parts)
                 folded[0] = self.server.fold(folded[0], Reply(site, envelope.cases, envelope.payloads))
 
-        order = OrderedFold(sites, fold, self._spool_folder())
-        deadline = started + self.config.rounds.deadline
-        waiting = self._ask_all(number, phase, sites, deadline, log, order)
-        asked = time.monotonic()
+        hold = phase == ROUND and self.config.guard.outlier > 0
+        order = OrderedFold(sites, fold, self._spool_folder(), hold=hold)
+
+        def miss(site: str, code: str, sentence: str) -> None:
+            self._miss(number, site, code, sentence, log, order)
+
+        def take(site: str, answer: Answer, seconds: float) -> tuple[str, str] | None:
+            return self._take(number, phase, site, answer, seconds, log, order)
+
+        there = [site for site in sites if site in self.roster.nodes]
+        for site in sites:
+            if site not in there:
+                miss(site, *self._why_absent(site))
+        cycle = Cycle(
+            self.link, self.events, self.config.rounds, run=self.run, number=number, phase=phase,
+            nodes=self.roster.nodes, message=lambda site: self._message(number, phase, site),
+            needed=needed, late=self._late, absent=self._absent,
+        )  # fmt: skip
         try:
-            while waiting and time.monotonic() < deadline:
-                answers = self.link.poll(waiting)
-                for answer in answers:
-                    site = waiting.pop(answer.ticket, "")
-                    if not site:  # answered already
-                        continue
-                    self._take(number, phase, site, answer, time.monotonic() - asked, log, order)
-                if waiting and not answers:
-                    time.sleep(self.config.rounds.poll)
-            for site in waiting.values():
-                sentence = f"{site}: did not answer within the round's deadline of {self.config.rounds.deadline:.0f} s."
-                self._miss(number, site, "deadline", sentence, log, order)
+            cycle.run(there, take, miss)
+            for site, sentence in outliers(log.norms, self.config.guard).items():
+                if hold:
+                    del log.cases[site]
+                    miss(site, PayloadError.code, sentence)
+            order.release()
         finally:
             order.close()
+        self._absent = set(log.missing)
         log.seconds = time.monotonic() - started
         return log, folded[0] if folded else Accumulator()
 
-    def _ask_all(
-        self, number: int, phase: Phase, sites: list[str], deadline: float, log: RoundLog, order: OrderedFold
-    ) -> dict[str, str]:
-        waiting: dict[str, str] = {}
-        text = self.config.to_json()
-        for site in sites:
-            context = self._context(number, site)
-            payloads = {payload.name: payload for payload in self.server.send(self.state, site, context)}
-            parts = encode(
-                Envelope(
-                    self.run,
-                    number,
-                    phase,
-                    site,
-                    rounds=self.config.rounds.rounds,
-                    payloads=payloads,
-                    config=text,
-                )
+    def _welcome(self, number: int) -> None:
+        """Let sites join that were not there when the run began."""
+        if self.call is None or not set(self.expected()) - self.roster.nodes.keys():
+            return
+        for site in self.call.look():
+            self.events.emit("site.joined", site=site, round=number, cases=self.roster.cases.get(site, 0))
+
+    def _why_absent(self, site: str) -> tuple[str, str]:
+        return self.roster.refused.get(
+            site, (TRANSPORT, f"{site}: has not given its first answer yet; is its SuperNode running?")
+        )
+
+    def _message(self, number: int, phase: Phase, site: str) -> Parts:
+        context = self._context(number, site)
+        payloads = {payload.name: payload for payload in self.server.send(self.state, site, context)}
+        parts = encode(
+            Envelope(
+                self.run, number, phase, site,
+                rounds=self.config.rounds.rounds, payloads=payloads, config=self.config.to_json(),
             )
-            ticket = self.link.ask(
-                self.roster.nodes[site],
-                parts,
-                phase=phase,
-                round=number,
-                ttl=max(deadline - time.monotonic(), 1.0),
-            )
-            if not ticket:
-                self._miss(
-                    number,
-                    site,
-                    "transport",
-                    f"{site}: the message could not be handed to Flower.",
-                    log,
-                    order,
-                )
-                continue
-            waiting[ticket] = site
-            self.events.emit("site.asked", site=site, round=number)
-            self._count_bytes(number, site, "down", parts)
-        return waiting
+        )  # fmt: skip
+        self._count_bytes(number, site, "down", parts)
+        return parts
 
     def _take(
         self,
@@ -226,28 +262,27 @@ class RoundLoop:
         seconds: float,
         log: RoundLog,
         order: OrderedFold,
-    ) -> None:
+    ) -> tuple[str, str] | None:
+        """Take one answer; returns (code, sentence) if it is none that counts."""
         try:
             if answer.parts is None:
-                raise WardroundError(f"{site}: {answer.error}.", site=site)
+                return TRANSPORT, f"{site}: {answer.error}."
             envelope = decode(answer.parts)
             if envelope.failure:
                 code, sentence = envelope.failure
-                self._miss(number, site, code[:40], sentence[:500], log, order)
-                return
-            self._check(envelope, number, phase, site)
+                return code[:40], sentence[:500]
+            norm = self._check(envelope, number, phase, site)
         except WardroundError as error:
-            code, sentence = safe_sentence(error)
-            self._miss(number, site, "transport" if answer.parts is None else code, sentence, log, order)
-            return
+            return safe_sentence(error)
         self._count_bytes(number, site, "up", answer.parts)
         log.cases[site] = envelope.cases
         log.metrics[site] = envelope.metrics
         log.losses[site] = envelope.loss
         log.local[site] = sum(envelope.seconds.values())
+        log.norms[site] = norm
         self.events.emit(
             "site.reply", site=site, round=number, seconds=seconds, local=log.local[site], phases=envelope.seconds,
-            relay=answer.relay, cases=envelope.cases, loss=envelope.loss,
+            relay=answer.relay, cases=envelope.cases, loss=envelope.loss, ledger=envelope.ledger or None,
         )  # fmt: skip
         for item in envelope.metrics:
             self.events.emit(
@@ -255,8 +290,9 @@ class RoundLoop:
                 values=divide(item.sums), primary=item.primary,
             )  # fmt: skip
         order.put(site, answer.parts)
+        return None
 
-    def _check(self, envelope: Envelope, number: int, phase: Phase, site: str) -> None:
+    def _check(self, envelope: Envelope, number: int, phase: Phase, site: str) -> float:
         if (envelope.site, envelope.run, envelope.round, envelope.phase) != (site, self.run, number, phase):
             raise PayloadError(
                 f"{site}: answered as '{envelope.site[:64]}' for round {envelope.round}, asked was round {number}; the answer is refused.",
@@ -265,7 +301,9 @@ class RoundLoop:
         words = [
             word for item in envelope.metrics for word in (item.split, item.model, item.primary, *item.sums)
         ]
-        if not all(WORD.fullmatch(word) for word in (*words, *envelope.seconds)):
+        if not all(WORD.fullmatch(word) for word in (*words, *envelope.seconds)) or not LEDGER.fullmatch(
+            envelope.ledger
+        ):
             raise PayloadError(
                 f"{site}: a name among its figures is no plain word; the answer is refused.", site=site
             )
@@ -278,7 +316,19 @@ class RoundLoop:
         if phase == ROUND:
             if envelope.cases < 1:
                 raise PayloadError(f"{site}: contributed no training case.", site=site)
-            check_payloads(envelope.payloads, self.method.server.uplink, self.template, who=site)
+            return self._check_round(envelope, number, site)
+        return 0.0
+
+    def _check_round(self, envelope: Envelope, number: int, site: str) -> float:
+        """Check a round's payloads by all that is known of them, and return the norm of the update."""
+        specs, guard = self.method.server.uplink, self.config.guard
+        check_payloads(envelope.payloads, specs, self.template, who=site)
+        check_size(envelope.payloads, guard, who=site)
+        context = self._context(number, site)
+        sent = {payload.name: payload for payload in self.server.send(self.state, site, context)}
+        norm = check_updates(envelope.payloads, specs, sent, guard, who=site)
+        self.server.check(Reply(site, envelope.cases, envelope.payloads), self.state, context)
+        return norm
 
     def _miss(
         self, number: int, site: str, code: str, sentence: str, log: RoundLog, order: OrderedFold
@@ -306,7 +356,7 @@ class RoundLoop:
 
     def _sample(self, number: int) -> list[str]:
         """Return the sites asked in a round: all, or a share drawn from (seed, round) alone."""
-        sites = list(self.roster.nodes)
+        sites = self.expected()
         if self.config.rounds.sample >= 1:
             return sites
         count = max(1, round(self.config.rounds.sample * len(sites)))

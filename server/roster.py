@@ -23,11 +23,13 @@ from common.errors import (
 from common.events import EventLog
 from common.federation import is_alias
 from common.site_summary import SiteSummary, require_fit
+from common.versions import require_same
 from common.wire import HELLO, Envelope, decode, encode
 from server.link import Answer, Link
 
 SETTLE_SECONDS = 3.0  # without an expected list: how long after the last new site the roster closes
 RETRY_SECONDS = 5.0  # a site whose worker is not up yet is asked again after this long
+REFUSED_SECONDS = 60.0  # a site that did not fit is asked again in a running round after this long
 RETRY_CODES = {"worker", "transport"}
 
 
@@ -56,9 +58,13 @@ class RosterCall:
         run: Run identifier.
         config: The run's configuration.
         events: Where it is told.
+        versions: What this end runs (common/versions.py); a site must run the same.
     """
 
-    def __init__(self, link: Link, run: str, config: RunConfig, events: EventLog) -> None:
+    def __init__(
+        self, link: Link, run: str, config: RunConfig, events: EventLog, versions: dict[str, str]
+    ) -> None:
+        self.versions = versions
         self.link = link
         self.run = run
         self.config = config
@@ -67,19 +73,27 @@ class RosterCall:
         self._asked: dict[int, float] = {}
         self._tickets: dict[str, int] = {}
         self._last_new = time.monotonic()
+        self._patience = config.rounds.ready_timeout
         self._trouble: dict[int, tuple[str, str]] = {}
+        self._refused: dict[int, tuple[str, float]] = {}
         self._parts = encode(
-            Envelope(run, 0, HELLO, "", rounds=config.rounds.rounds, config=config.to_json())
+            Envelope(
+                run, 0, HELLO, "", rounds=config.rounds.rounds, config=config.to_json(), versions=versions
+            )
         )
 
-    def collect(self) -> Roster:
+    def collect(self, patience: float | None = None) -> Roster:
         """Return the roster once it is complete.
+
+        Args:
+            patience: Seconds to wait; the configuration's `ready_timeout` where None.
 
         Raises:
             QuorumError: Expected sites did not answer in time, naming them.
             MismatchError: A site does not fit and the run cannot do without it.
         """
-        limit = time.monotonic() + self.config.rounds.ready_timeout
+        self._patience = patience or self.config.rounds.ready_timeout
+        limit = time.monotonic() + self._patience
         expected = set(self.config.sites)
         while time.monotonic() < limit:
             self._ask_new(limit)
@@ -94,6 +108,26 @@ class RosterCall:
             time.sleep(self.config.rounds.poll)
         return self._close(expected)
 
+    def look(self) -> list[str]:
+        """Ask nodes that appeared since, take what they answered, and return the sites that joined; waits for nobody."""
+        before, now = dict(self.roster.nodes), time.monotonic()
+        for node, (alias, when) in list(self._refused.items()):
+            if now - when > REFUSED_SECONDS:  # perhaps mended since
+                self._asked[node] = 0.0
+                del self._refused[node]
+                self.roster.refused.pop(alias, None)
+        self._ask_new(time.monotonic() + self.config.rounds.ready_timeout)
+        for answer in self.link.poll(self._tickets):
+            self._take(answer)
+        joined = [alias for alias, node in self.roster.nodes.items() if before.get(alias) != node]
+        if joined:
+            self.roster.nodes = self._ordered(self.roster.nodes)
+        return joined
+
+    def _ordered(self, nodes: dict[str, int]) -> dict[str, int]:
+        order = [alias for alias in self.config.sites if alias in nodes] or sorted(nodes)
+        return {alias: nodes[alias] for alias in order}
+
     def _open(self) -> bool:
         """Return True while an answer is awaited or a node will be asked again."""
         return bool(self._tickets) or any(again < float("inf") for again in self._asked.values())
@@ -104,7 +138,7 @@ class RosterCall:
         needed = needed_sites(self.config, len(expected) or len(nodes.keys() | refused.keys()))
         trouble = dict(self._trouble.values())
         for alias in silent:
-            waited = f"{alias}: gave no first answer within {self.config.rounds.ready_timeout:.0f} s"
+            waited = f"{alias}: gave no first answer within {self._patience:.0f} s"
             message = trouble.get(alias, f"{waited}; is its SuperNode running and registered?")
             self.events.emit("site.refused", site=alias, code="silent", message=message)
         if len(nodes) < max(needed, 1):
@@ -116,8 +150,7 @@ class RosterCall:
                 f"silent: {', '.join(silent) or 'all'}. Check that each site's SuperNode and worker run, then start again. "
                 f"{said}".rstrip()
             )
-        order = [alias for alias in self.config.sites if alias in nodes] or sorted(nodes)
-        self.roster.nodes = {alias: nodes[alias] for alias in order}
+        self.roster.nodes = self._ordered(nodes)
         return self.roster
 
     def _ask_new(self, limit: float) -> None:
@@ -191,6 +224,7 @@ class RosterCall:
                 "install the same version.",
                 site=alias,
             )
+        require_same(self.versions, envelope.versions, site=alias)
         try:
             summary = SiteSummary.model_validate_json(envelope.summary)
         except ValueError as error:
@@ -207,6 +241,7 @@ class RosterCall:
             self.events.emit("warning", site=alias, code=code, message=message)
             return
         self.roster.refused[alias] = (code, message)
+        self._refused[node] = (alias, time.monotonic())
         self.events.emit("site.refused", site=alias, code=code, message=message)
 
 

@@ -30,6 +30,7 @@ from common.models import build_model, parameter_groups
 from common.payload import Tensors, check_payloads
 from common.proto.wardround_pb2 import Phase
 from common.tasks import divide
+from common.versions import versions_of
 from common.wire import CLOSING, ROUND, Envelope, decode, encode
 from server.checkpoint import Checkpoints
 from server.link import FlowerLink, Link
@@ -86,17 +87,27 @@ class MethodStrategy(Strategy):
         """Log the strategy's configuration."""
         log.info("%s (%s): %s", self.method.name, self.method.title, self.config.to_json())
 
-    def prepare(self, link: Link, initial: Tensors | None = None) -> RoundLoop:
+    def prepare(
+        self, link: Link, initial: Tensors | None = None, *, patience: float | None = None
+    ) -> RoundLoop:
         """Call the roster and return the loop, ready to execute.
+
+        Args:
+            link: How sites are reached.
+            initial: Initial model; the seeded network where None.
+            patience: Seconds to wait for every site's first answer; the configuration's where None.
 
         Raises:
             QuorumError, MismatchError: The sites do not suffice or do not fit.
         """
-        roster = RosterCall(link, self.run, self.config, self.events).collect()
-        self.loop = self._make_loop(link, roster, initial)
+        versions = versions_of(self.config, self.method, self.initial)
+        call = RosterCall(link, self.run, self.config, self.events, versions)
+        self.loop = self._make_loop(link, call.collect(patience), initial, call)
         return self.loop
 
-    def _make_loop(self, link: Link, roster: Roster, initial: Tensors | None = None) -> RoundLoop:
+    def _make_loop(
+        self, link: Link, roster: Roster, initial: Tensors | None = None, call: RosterCall | None = None
+    ) -> RoundLoop:
         model = initial or self.initial
         return RoundLoop(
             link,
@@ -108,6 +119,7 @@ class MethodStrategy(Strategy):
             self.groups,
             self.events,
             self.checkpoints,
+            call,
         )
 
     def start(
@@ -153,7 +165,8 @@ class MethodStrategy(Strategy):
             result.arrays = arrays_of(model)
             if evaluate_fn and (figures := evaluate_fn(loop.done, result.arrays)) is not None:
                 result.evaluate_metrics_serverapp[loop.done] = figures
-        for number, entry in enumerate(loop.history, start=1):
+        for entry in loop.history:
+            number = entry.number
             if entry.losses and number <= loop.done:
                 total = sum(entry.cases.values())
                 mean = sum(entry.losses[site] * entry.cases[site] for site in entry.cases) / total

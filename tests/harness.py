@@ -19,7 +19,10 @@ from client.worker import failure
 from common.config import RunConfig
 from common.events import EventLog, read_events
 from common.frames import Parts, from_frames, to_frames
+from common.methods import get_method
+from common.models import build_model
 from common.payload import Tensors
+from common.versions import versions_of
 from server.link import Answer
 from server.loop import RoundLoop
 from server.strategy import MethodStrategy
@@ -58,9 +61,15 @@ def table_config(
             "method": method, "params": params, "seed": seed, "sites": sites,
             "data": {"task": "tabular", "spatial_dims": 0, "channels": FEATURES, "labels": ("well", "ill"), "patch": ()},
             "train": {"batch_size": 5, "lr": 0.1, "optimizer": "sgd", "momentum": 0.0, "local_epochs": 2},
-            "rounds": {"rounds": rounds, "deadline": 60.0, "poll": 0.001, "ready_timeout": 60.0, "quorum": 0.5},
+            "rounds": {"rounds": rounds, "deadline": 60.0, "poll": 0.001, "retry_wait": 0.001, "ready_timeout": 60.0, "quorum": 0.5},
         }
     )  # fmt: skip
+
+
+def versions_for(config: RunConfig) -> dict[str, str]:
+    """Return what a coordinator of this software says it runs."""
+    network = build_model(config.model, config.data, seed=config.seed)
+    return versions_of(config, get_method(config.method), network.state_dict())
 
 
 SILENT: Parts = {}
@@ -123,12 +132,15 @@ class Federation:
         self.root = root
         self.aliases = aliases
         self.policy = policy or Policy()
+        self._open: dict[str, dict[str, Site]] = {}
         for index, alias in enumerate(aliases):
             if not (root / "data" / alias).exists():
                 write_table_site(root / "data" / alias, seed=index, rows=24 + 8 * index, shift=0.3 * index)
 
     def open_sites(self, home: str = "home") -> dict[str, Site]:
         """Return fresh sites (as after a restart) whose state lies under `home`."""
+        for site in self._open.pop(home, {}).values():
+            site.close()
         sites = {}
         for alias in self.aliases:
             folder = self.root / home / alias
@@ -138,6 +150,7 @@ class Federation:
                  "compute": {"device": "cpu", "threads": 1}}
             )  # fmt: skip
             sites[alias] = Site(config, EventLog(folder / "events.jsonl", "worker", site=alias))
+        self._open[home] = sites
         return sites
 
     def start(

@@ -1,4 +1,4 @@
-"""A site's state of a run: the last two rounds, so that a resume finds its partner."""
+"""A site's state of a run: the last rounds, so that a resume finds its partner."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_a_round_finds_the_state_of_the_round_before(states):
         before = states.before(number)
         assert (before is None) if number == 1 else (before.values == {"round": number - 1})
         states.write(number, state(number))
-    assert states.rounds() == [4, 5]
+    assert states.rounds() == [3, 4, 5]
     assert len(states.rounds()) == KEEP
 
 
@@ -38,7 +38,7 @@ def test_a_round_that_is_asked_again_starts_from_the_same_state(states):
         "round": 2
     }  # the coordinator resumes at round 2 and asks for round 3 again
     states.write(3, state(33))
-    assert states.rounds() == [2, 3]
+    assert states.rounds() == [1, 2, 3]
     assert states.before(4).values == {"round": 33}
 
 
@@ -53,10 +53,10 @@ def test_later_rounds_of_an_abandoned_continuation_go(states):
     for number in (1, 2, 3, 4, 5):
         states.write(number, state(number))
     states.write(5, state(50))
-    assert states.rounds() == [4, 5]
-    states.write(2, state(20))
-    assert states.rounds() == [2]
-    assert states.before(5).values == {"round": 20}
+    assert states.rounds() == [3, 4, 5]
+    states.write(4, state(40))
+    assert states.rounds() == [3, 4]
+    assert states.before(5).values == {"round": 40}
 
 
 def test_a_damaged_state_is_refused_and_not_passed_over(states):
@@ -79,3 +79,15 @@ def test_states_are_joined_and_taken_apart_again():
         assert back.tensors.keys() == part.tensors.keys()
         assert all(torch.equal(back.tensors[name], tensor) for name, tensor in part.tensors.items())
     assert split_state(whole, "none") == State()
+
+
+def test_a_round_whose_former_state_is_gone_is_refused_and_not_begun_anew(states):
+    for number in range(2, 8):
+        states.write(number, state(number))
+    assert states.before(2) is None  # it joined in round 2: nothing came before
+    assert states.before(6).values == {"round": 5}
+    with pytest.raises(PayloadError, match="before round 4 is gone: it has kept rounds 5 to 7"):
+        states.before(4)
+    (states.folder / "first.json").write_text("{}")
+    with pytest.raises(PayloadError, match="first round"):
+        states.before(4)

@@ -17,7 +17,7 @@ from common.errors import ConfigError, WorkerError
 from common.wire import HELLO, Envelope, decode, encode
 from tests.client.sockets import short_folder
 from tests.client.workers import SECRET, FakeSite, channel, failed, served
-from tests.harness import table_config, write_table_site
+from tests.harness import table_config, versions_for, write_table_site
 
 
 @pytest.fixture
@@ -186,12 +186,13 @@ def test_from_start_to_end_with_a_real_site(folder, monkeypatch):
     thread = threading.Thread(target=lambda: codes.append(main([str(folder / "site.toml")])))
     thread.start()
     try:
-        config = table_config(sites=("alpha",)).to_json()
-        asked = encode(Envelope("run", 0, HELLO, "", config=config))
+        config = table_config(sites=("alpha",))
+        asked = encode(Envelope("run", 0, HELLO, "", config=config.to_json(), versions=versions_for(config)))
         answer = decode(call_worker(str(folder / "w.sock"), asked, timeout=20, site="alpha", connect=20))
         assert answer.failure is None
         assert (answer.site, answer.run, answer.phase, answer.cases) == ("alpha", "run", HELLO, 12)
-        bad = encode(Envelope("run", 0, HELLO, "", config=RunConfig().to_json()))
+        other = RunConfig()
+        bad = encode(Envelope("run", 0, HELLO, "", config=other.to_json(), versions=versions_for(other)))
         refused = decode(call_worker(str(folder / "w.sock"), bad, timeout=20, site="alpha", connect=20))
         assert refused.failure
         assert str(folder) not in repr(refused)

@@ -24,6 +24,16 @@ class FakeSite:
         self.read_events = lambda: list(read_events(folder / f"{alias}.jsonl"))
         self.work = work or (lambda parts, check: {"head": b"done by " + alias.encode()})
         self.calls = []
+        self.failures = []
+
+    def ping(self, parts):
+        return {"head": b"pong"}
+
+    def failed(self, parts):
+        self.failures.append(parts)
+
+    def close(self):
+        pass
 
     def handle(self, parts, check_cancelled):
         self.calls.append(parts)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load
 
 from common import store
-from common.errors import PayloadError
+from common.errors import PayloadError, StorageError
 from common.payload import State
 from common.store import (
     keep_rounds,
@@ -164,9 +164,9 @@ def test_a_failed_write_cleans_up_and_keeps_the_old(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(StorageError, match="it is full"):
             write_bytes(tmp_path / "file", b"new")
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(StorageError, match="it is full"):
             write_state(tmp_path / "round-000001", state(2.0))
     assert (tmp_path / "file").read_bytes() == b"old"
     assert same(read_state(tmp_path / "round-000001"), state(1.0))

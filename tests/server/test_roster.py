@@ -18,6 +18,9 @@ from server.roster import RosterCall, needed_sites
 SECRET = "/mnt/pacs/Mueller.dcm"
 
 
+VERSIONS = {"wire": "1", "method fedavg": "1", "model auto": "0123456789abcdef"}
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(module, "SETTLE_SECONDS", 0.05)
@@ -38,7 +41,7 @@ def summary(alias="alpha", **changes):
 
 def ready(alias="alpha", **changes):
     """A site's good first answer; `changes` are fields of the envelope."""
-    fields = {"summary": summary(alias).model_dump_json(), "cases": 4, "device": "cpu"} | changes
+    fields = {"summary": summary(alias).model_dump_json(), "cases": 4, "device": "cpu", "versions": VERSIONS} | changes
     return lambda asked: encode(
         Envelope(**{"run": asked.run, "round": 0, "phase": HELLO, "site": alias} | fields)
     )
@@ -113,7 +116,7 @@ def call(tmp_path):
             {"sites": sites, "data": data, "rounds": {"quorum": quorum, "ready_timeout": wait, "poll": 0.002}}
         )
         collect.link = link or FakeLink(scripts)
-        return RosterCall(collect.link, "run", config, EventLog(path, "server")).collect()
+        return RosterCall(collect.link, "run", config, EventLog(path, "server"), VERSIONS).collect()
 
     collect.events = lambda name: [event for event in read_events(path) if event["event"] == name]
     return collect
@@ -364,3 +367,47 @@ def test_an_answer_that_comes_twice_counts_once(call):
 def test_how_many_sites_a_quorum_needs(quorum, asked, needed):
     config = RunConfig.from_mapping({"rounds": {"quorum": quorum}})
     assert needed_sites(config, asked) == needed
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"method fedavg": "2"}, "method fedavg is 1 at one end and 2 at the other"),
+        ({"model auto": "f" * 16}, "model auto is 0123456789abcdef at one end and ffffffffffffffff"),
+        ({"task x": "1"}, "task x is nothing at one end and 1 at the other"),
+    ],
+)
+def test_a_site_of_other_versions_is_refused_with_both_values(call, other, named):
+    with pytest.raises(MismatchError, match=named):
+        call({1: ready("alpha", versions=VERSIONS | other)}, ("alpha",))
+    assert call.events("site.refused")[0]["code"] == "mismatch"
+
+
+def test_a_site_that_comes_later_joins_in_its_place(tmp_path):
+    config = RunConfig.from_mapping(
+        {"sites": ("beta", "alpha"), "rounds": {"quorum": 0.5, "ready_timeout": 0.2, "poll": 0.002}}
+    )
+    link = FakeLink({1: ready("alpha"), 2: ready("beta")}, late={2: 10_000})
+    roster_call = RosterCall(link, "run", config, EventLog(None, "server"), VERSIONS)
+    roster = roster_call.collect()
+    assert list(roster.nodes) == ["alpha"]
+    assert roster_call.look() == []
+    link.late.clear()
+    assert roster_call.look() == ["beta"]
+    assert list(roster.nodes) == ["beta", "alpha"]
+    assert roster_call.look() == []
+
+
+def test_a_site_that_was_refused_is_asked_again_in_a_running_run(monkeypatch):
+    config = RunConfig.from_mapping(
+        {"sites": ("alpha", "beta"), "rounds": {"quorum": 0.5, "ready_timeout": 0.2, "poll": 0.002}}
+    )
+    link = FakeLink({1: ready("alpha"), 2: [failing("beta", "data", "beta: case 3 is broken."), ready("beta")]})
+    roster_call = RosterCall(link, "run", config, EventLog(None, "server"), VERSIONS)
+    roster = roster_call.collect()
+    assert roster.refused["beta"][0] == "data"
+    assert roster_call.look() == []
+    assert "beta" in roster.refused
+    monkeypatch.setattr(module, "REFUSED_SECONDS", 0.0)
+    assert roster_call.look() == ["beta"]
+    assert not roster.refused

@@ -1,0 +1,238 @@
+"""The coordinator's side of a trial: SuperLink, ServerApp, and the run, kept going through their ends.
+
+Flower starts a ServerApp once and never again, keeps a run whose ServerApp is gone for a minute, and looks healthy
+without anything that could start one. So the run is tended from outside: a ServerApp that vanished, or ended without a
+verdict, is followed by a new Flower run that continues from the last complete round. With messages in memory (the
+default, and the only way for large models) a SuperLink that died has forgotten everything: it is started anew, the
+sites' keys are registered again, and their SuperNodes connect afresh. With messages in a file it comes back with its
+runs, and the ServerApp goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import psutil
+
+from common.errors import CancelledError, ProcessError, WardroundError, WorkerError
+from common.events import EventLog
+from ops.control import ControlClient, bundle
+from ops.flower_commands import Addresses, Transport, server_superexec, superlink
+from ops.pki import TrialPki
+from ops.plan import Plan
+from ops.processes import ProcessGroup
+from ops.story_reader import Tail
+from ops.supervisor import wait_before
+
+START_SECONDS = 90.0
+GONE_SECONDS = 1.0  # a ServerApp that ends has this long for its last event to arrive
+SUBMITTED_SECONDS = 60.0
+STATUS_SECONDS = 2.0
+LIMIT = 5
+# Verdicts that may be the trace of a coordinator's process that broke down, not of the run itself.
+DOUBTFUL = {WardroundError.code, WorkerError.code, CancelledError.code, "transport"}
+REFRESH_SECONDS = 0.1
+
+
+@dataclass
+class Sites:
+    """What the coordinator asks of the sites' side when its SuperLink has forgotten them."""
+
+    aliases: list[str]
+    disconnect: Callable[[], None]
+    connect: Callable[[], None]
+
+
+class Coordinator:
+    """SuperLink and ServerApp of one run.
+
+    Args:
+        plan: What runs.
+        addresses: Where the SuperLink listens.
+        pki: Credentials.
+        group: Starts processes.
+        events: The command's events.
+        env: Extra variables by process name.
+        idle: Called while waiting.
+        sites: The sites' side.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        addresses: Addresses,
+        pki: TrialPki,
+        group: ProcessGroup,
+        events: EventLog,
+        *,
+        env: Mapping[str, Mapping[str, str]],
+        idle: Callable[[], None],
+        sites: Sites,
+    ) -> None:
+        self._plan, self._addresses, self._pki = plan, addresses, pki
+        self._group, self._events, self._idle, self._sites = group, events, idle, sites
+        self._logs = plan.out / "logs"
+        self._env = env
+        transport: Transport = plan.transport
+        self._database = plan.out / "superlink.db" if transport == "file" else None
+        self.control = ControlClient(addresses.control, pki.ca)
+        self._tail = Tail(plan.out / "events.jsonl")
+        self._run = 0
+        self._failures = 0
+        self._app_seen = self._submitted = self._status_at = 0.0
+        self._end: dict[str, object] | None = None
+
+    def start_link(self) -> None:
+        """Start the SuperLink and wait until it answers and knows the sites' keys."""
+        if self._database is not None:  # of an earlier attempt, whose runs are over
+            for path in self._database.parent.glob(self._database.name + "*"):
+                path.unlink()
+        self._start_link()
+        self.register()
+
+    def _start_link(self) -> None:
+        process = superlink(self._addresses, self._pki, self._logs, database=self._database)
+        process.env = {**process.env, **self._env.get(process.name, {})}
+        self._group.start(process)
+        self._wait("superlink", self.control.alive)
+
+    def register(self) -> None:
+        """Register the sites' keys."""
+        for alias in self._sites.aliases:
+            self.control.register(self._pki.site_public[alias], site=alias)
+
+    def start_app(self) -> None:
+        """Start what starts the ServerApp, and submit the run."""
+        env = {
+            "WARDROUND_RUN_DIR": str(self._plan.out),
+            "WARDROUND_RUN_ID": self._plan.out.name,
+            "WARDROUND_RUNTIME": self._plan.runtime,
+            **self._env.get("serverapp", {}),
+        }
+        self._group.start(server_superexec(self._addresses, self._pki, self._logs, env=env))
+        self._submit()
+
+    def _submit(self) -> None:
+        self._tail.poll()  # what earlier attempts said is over
+        self._end = None
+        self._run = self.control.start_run(bundle(), {"wardround": self._plan.config.to_json()})
+        self._submitted, self._app_seen = time.monotonic(), 0.0
+
+    def tend(self) -> dict[str, object] | None:
+        """Look at everything once, mend what broke, and return the run's end once it has one.
+
+        Raises:
+            ProcessError: The coordinator's processes cannot be kept alive.
+        """
+        self._read_events()
+        if self._group.processes["superlink"].exit_code() is not None:
+            self._mend_link()
+            return None
+        if self._group.processes["serverapp"].exit_code() is not None:
+            self._mend_app("exited")
+            return None
+        now = time.monotonic()
+        if self._app_lives():
+            self._app_seen = now
+        if self._end is not None:
+            return self._judge(self._end, now)
+        if self._app_seen and now - self._app_seen > GONE_SECONDS:
+            self._read_events()
+            if self._end is None:
+                self._continue("lost")
+        elif not self._app_seen and now - self._submitted > SUBMITTED_SECONDS:
+            self._mend_app("silent")
+        return None
+
+    def _read_events(self) -> None:
+        for event in self._tail.poll():
+            if event.get("event") == "checkpoint":
+                self._failures = 0  # a round was completed: what went wrong before is overcome
+            elif event.get("event") == "run.end":
+                self._end = event
+
+    def _judge(self, end: dict[str, object], now: float) -> dict[str, object] | None:
+        """Return a verdict that stands; one that a broken SuperLink may have caused gets another try."""
+        if end.get("verdict") == "ok" or end.get("code") not in DOUBTFUL:
+            return end
+        if now - self._app_seen <= GONE_SECONDS:
+            return None
+        if self._failures + 1 >= LIMIT:
+            return end
+        self._continue("failed")
+        return None
+
+    def _app_lives(self) -> bool:
+        try:
+            children = psutil.Process(self._group.processes["serverapp"].pid).children(recursive=True)
+            return any(child.status() != psutil.STATUS_ZOMBIE for child in children)
+        except psutil.Error:
+            return False
+
+    def _continue(self, why: str) -> None:
+        """Submit the run again; it continues from its last complete round."""
+        self._count("ServerApp", why)
+        try:
+            self.control.stop_run(self._run)
+            self._submit()
+        except ProcessError:
+            if self._group.processes["superlink"].exit_code() is None:
+                raise
+            # it died in this moment: mended when it is looked at next
+
+    def _mend_app(self, why: str) -> None:
+        self._count("serverapp", why)
+        self._group.stop("serverapp", seconds=0.0)
+        try:
+            self.control.stop_run(self._run)
+        except ProcessError:
+            if self._group.processes["superlink"].exit_code() is None:
+                raise
+            return
+        self.start_app()
+
+    def _mend_link(self) -> None:
+        self._group.note_exit(self._group.processes["superlink"])
+        self._count("superlink", "exited")
+        if self._database is not None:
+            self._start_link()
+            return
+        self._sites.disconnect()
+        self._group.stop("serverapp", seconds=0.0)
+        self._start_link()
+        self.register()
+        self.start_app()
+        self._sites.connect()
+
+    def _count(self, name: str, why: str) -> None:
+        self._failures += 1
+        if self._failures > LIMIT:
+            raise ProcessError(
+                f"The coordinator's {name} ended {self._failures} times in a row without a round being completed; its "
+                "log says why.", detail=self._group.processes["serverapp"].tail(),
+            )  # fmt: skip
+        wait = wait_before(self._failures)
+        self._events.emit("process.restart", name=name, attempt=self._failures, why=why, seconds=wait)
+        limit = time.monotonic() + wait
+        while time.monotonic() < limit:
+            self._idle()
+            time.sleep(REFRESH_SECONDS)
+
+    def _wait(self, name: str, check: Callable[[], bool]) -> None:
+        """Wait for a process of the coordinator, and keep the rest going meanwhile."""
+        process = self._group.processes[name]
+        limit = time.monotonic() + START_SECONDS
+        while not check():
+            self._idle()
+            if process.exit_code() is not None or time.monotonic() > limit:
+                raise ProcessError(
+                    f"Process '{name}' did not become ready; its log says why.", detail=process.tail()
+                )
+            time.sleep(REFRESH_SECONDS)
+        self._group.note_ready(process)
+
+    def close(self) -> None:
+        """Close the connection to the SuperLink."""
+        self.control.close()
