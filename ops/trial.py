@@ -235,6 +235,31 @@ class Conduct:
     console: Console
 
 
+class Shielded:
+    """Calls a view, and goes on without it once it breaks: what is shown must not end what runs.
+
+    Args:
+        view: Shows something.
+        console: Is told once that it broke.
+    """
+
+    def __init__(self, view: Callable[[], None], console: Console) -> None:
+        self._view: Callable[[], None] | None = view
+        self._console = console
+
+    def __call__(self) -> None:
+        """Show, if it still can."""
+        if self._view is None:
+            return
+        try:
+            self._view()
+        except Exception as error:
+            self._view = None
+            self._console.print(
+                f"The live view broke ({type(error).__name__}); the run goes on. `wardround watch` shows it again."
+            )
+
+
 def conduct(what: Conduct) -> int:
     """Plan, work, report: what a trial, a simulation and a continued run have in common.
 
@@ -251,8 +276,9 @@ def conduct(what: Conduct) -> int:
             plan = what.plan(events)
             tell_start(plan, events)
             with LiveView(out, console=console) as view:
-                end = what.work(plan, events, view.refresh)
-                view.refresh()
+                show = Shielded(view.refresh, console)
+                end = what.work(plan, events, show)
+                show()
             if end.get("verdict") != "ok":
                 failure = (str(end.get("code", "internal")), str(end.get("message", "the run failed")))
                 code = exit_code(end)

@@ -155,7 +155,7 @@ class Cycle:
         said = f" Before that: {watched.trouble[1]}" if watched.trouble else ""
         return (
             "deadline",
-            f"{site}: did not answer within the round's deadline of {self._rounds.deadline:.0f} s.{said}",
+            f"{site}: did not answer within the round's deadline of {self._rounds.deadline:g} s.{said}",
         )
 
     def _ask_due(self, miss: Callable[[str, str, str], None]) -> None:

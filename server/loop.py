@@ -115,10 +115,10 @@ class RoundLoop:
         if self.checkpoints is None:
             return False
         self.done, state, attempt = self.checkpoints.newest(self.config.to_json(), self._refuse_checkpoint)
-        if not attempt:
+        if not attempt and state is None:
             return False
         self.state = state or self.state
-        self.events.emit("run.resume", round=self.done, attempt=attempt)
+        self.events.emit("run.resume", round=self.done, attempt=max(attempt, 1))
         return True
 
     def _refuse_checkpoint(self, number: int, error: WardroundError) -> None:

@@ -23,6 +23,7 @@ from common.methods import get_method
 from common.models import build_model
 from common.payload import Tensors
 from common.versions import versions_of
+from common.wire import PING, read_header
 from server.link import Answer
 from server.loop import RoundLoop
 from server.strategy import MethodStrategy
@@ -72,6 +73,11 @@ def versions_for(config: RunConfig) -> dict[str, str]:
     return versions_of(config, get_method(config.method), network.state_dict())
 
 
+def phase_of(parts: Parts) -> int:
+    """Return what a message is for."""
+    return read_header(parts).phase
+
+
 SILENT: Parts = {}
 
 
@@ -109,7 +115,8 @@ class MemoryLink:
         ticket = order[-1] if self.backwards else order[0]
         alias, round_, parts = self._asked.pop(ticket)
         try:
-            answer = self.sites[alias].handle(parts, lambda: None)
+            site = self.sites[alias]
+            answer = site.ping(parts) if phase_of(parts) == PING else site.handle(parts, lambda: None)
         except Exception as error:
             answer = failure(error, alias)
         self.seen.append((alias, round_, parts, answer))

@@ -41,7 +41,12 @@ def summary(alias="alpha", **changes):
 
 def ready(alias="alpha", **changes):
     """A site's good first answer; `changes` are fields of the envelope."""
-    fields = {"summary": summary(alias).model_dump_json(), "cases": 4, "device": "cpu", "versions": VERSIONS} | changes
+    fields = {
+        "summary": summary(alias).model_dump_json(),
+        "cases": 4,
+        "device": "cpu",
+        "versions": VERSIONS,
+    } | changes
     return lambda asked: encode(
         Envelope(**{"run": asked.run, "round": 0, "phase": HELLO, "site": alias} | fields)
     )
@@ -402,7 +407,9 @@ def test_a_site_that_was_refused_is_asked_again_in_a_running_run(monkeypatch):
     config = RunConfig.from_mapping(
         {"sites": ("alpha", "beta"), "rounds": {"quorum": 0.5, "ready_timeout": 0.2, "poll": 0.002}}
     )
-    link = FakeLink({1: ready("alpha"), 2: [failing("beta", "data", "beta: case 3 is broken."), ready("beta")]})
+    link = FakeLink(
+        {1: ready("alpha"), 2: [failing("beta", "data", "beta: case 3 is broken."), ready("beta")]}
+    )
     roster_call = RosterCall(link, "run", config, EventLog(None, "server"), VERSIONS)
     roster = roster_call.collect()
     assert roster.refused["beta"][0] == "data"
