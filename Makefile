@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
-.PHONY: help venv trial simulate test test-fast e2e bench check format proto clean
+.PHONY: help venv trial simulate test test-fast e2e faults soak bench check format proto clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -34,10 +34,18 @@ simulate: $(READY)  ## the same run in Flower's simulation runtime
 test: test-fast e2e  ## all tests: the fast suite, then the ones that start real processes
 
 test-fast: $(READY)  ## the fast suite (under a minute)
-	$(PYTEST) -q -n 2 -m "not e2e and not gpu and not docker and not bench" $(ARGS)
+	$(PYTEST) -q -n 2 -m "not e2e and not faults and not gpu and not docker and not bench" $(ARGS)
 
 e2e: $(READY)  ## real SuperLink, SuperNodes, relays and workers
-	$(PYTEST) -q -m "e2e and not gpu and not docker" $(ARGS)
+	$(PYTEST) -q -m "e2e and not faults and not gpu and not docker" $(ARGS)
+
+faults: $(READY)  ## break a running federation in every way (half an hour); writes build/faults/, updates docs/reliability.md
+	rm -f build/faults/results.jsonl
+	$(PYTEST) -q tests/faults $(ARGS)
+	$(BIN)/python -m tests.faults.table docs/reliability.md
+
+soak: $(READY)  ## 300 rounds with three sites: growth of memory, files, processes (build/bench/soak.json)
+	$(BIN)/python -m tests.faults.soak $(ARGS)
 
 bench: $(READY)  ## measure; writes build/bench/*.json with the environment beside it
 	$(BIN)/python -m tests.bench.run $(ARGS)

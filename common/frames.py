@@ -12,6 +12,12 @@ Parts = dict[str, bytes]
 CHUNK_BYTES = 2_000_000  # below gRPC's default message limit, large enough to keep the copy count low
 
 
+def shown(text: str) -> str:
+    """Return text of the other end as it may stand in a sentence: short, without control characters."""
+    cut = text[:64]
+    return cut if cut.isprintable() else ascii(cut)[1:-1]
+
+
 def to_frames(parts: Mapping[str, bytes | bytearray | memoryview]) -> Iterator[Frame]:
     """Yield the frames of a message, chunk by chunk."""
     for name, data in parts.items():
@@ -38,7 +44,7 @@ def from_frames(frames: Iterable[Frame], *, limit: int = 4 << 30) -> Parts:
         if name:
             if len(buffer) != expected:
                 raise PayloadError(
-                    f"Part '{name}' has {len(buffer)} bytes, {expected} were announced: the stream broke off."
+                    f"Part '{shown(name)}' has {len(buffer)} bytes, {expected} were announced: the stream broke off."
                 )
             parts[name] = bytes(buffer)
 
@@ -47,7 +53,7 @@ def from_frames(frames: Iterable[Frame], *, limit: int = 4 << 30) -> Parts:
             close()
             name, expected, buffer = frame.part.name, frame.part.nbytes, bytearray()
             if not name or name in parts:
-                raise PayloadError(f"Part '{name}' came twice or without a name.")
+                raise PayloadError(f"Part '{shown(name)}' came twice or without a name.")
             total += expected
             if total > limit:
                 raise PayloadError(f"The message has more than {limit} bytes; nothing was accepted.")
@@ -56,6 +62,6 @@ def from_frames(frames: Iterable[Frame], *, limit: int = 4 << 30) -> Parts:
                 raise PayloadError("The stream began with bytes of no part.")
             buffer += frame.chunk
             if len(buffer) > expected:
-                raise PayloadError(f"Part '{name}' is longer than the {expected} bytes announced.")
+                raise PayloadError(f"Part '{shown(name)}' is longer than the {expected} bytes announced.")
     close()
     return parts

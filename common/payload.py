@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from common.errors import PayloadError
+from common.frames import shown
 
 Scalar = str | int | float | bool
 Tensors = dict[str, Tensor]
@@ -123,7 +124,7 @@ def check_payloads(payloads: Payloads, specs: Iterable[PayloadSpec], template: T
     for name in payloads:
         if name not in promised:
             raise PayloadError(
-                f"{who}: unexpected payload '{name}'; expected {sorted(promised) or 'none'}.", site=who
+                f"{who}: unexpected payload '{shown(name)}'; expected {sorted(promised) or 'none'}.", site=who
             )
     for spec in promised.values():
         payload = payloads.get(spec.name)
@@ -131,7 +132,7 @@ def check_payloads(payloads: Payloads, specs: Iterable[PayloadSpec], template: T
             if spec.optional:
                 continue
             raise PayloadError(
-                f"{who}: payload '{spec.name}' is missing; got {sorted(payloads) or 'none'}.", site=who
+                f"{who}: payload '{spec.name}' is missing; got {_listed(payloads) or 'none'}.", site=who
             )
         if payload.kind != spec.kind:
             raise PayloadError(
@@ -142,7 +143,7 @@ def check_payloads(payloads: Payloads, specs: Iterable[PayloadSpec], template: T
         check_finite(payload.tensors, who=who, what=spec.name)
         for key, value in payload.meta.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise PayloadError(f"{who}: '{spec.name}' note '{key}' is not finite.", site=who)
+                raise PayloadError(f"{who}: '{spec.name}' note '{shown(key)}' is not finite.", site=who)
 
 
 def check_like(tensors: Mapping[str, Tensor], template: Template, *, who: str, what: str) -> None:
@@ -152,10 +153,10 @@ def check_like(tensors: Mapping[str, Tensor], template: Template, *, who: str, w
         PayloadError: Naming the first tensor that differs, with both values.
     """
     if tensors.keys() != template.keys():
-        missing = sorted(template.keys() - tensors.keys())
-        extra = sorted(tensors.keys() - template.keys())
+        missing = _listed(template.keys() - tensors.keys())
+        extra = _listed(tensors.keys() - template.keys())
         raise PayloadError(
-            f"{who}: '{what}' has other tensors than the model: missing {missing[:3]}, unexpected {extra[:3]}.",
+            f"{who}: '{what}' has other tensors than the model: missing {missing}, unexpected {extra}.",
             site=who,
         )
     for name, expected in template.items():
@@ -182,5 +183,10 @@ def check_finite(tensors: Mapping[str, Tensor], *, who: str, what: str) -> None:
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
                 raise PayloadError(
-                    f"{who}: '{what}' tensor '{name}' has {bad} values that are not finite.", site=who
+                    f"{who}: '{what}' tensor '{shown(name)}' has {bad} values that are not finite.", site=who
                 )
+
+
+def _listed(names: Iterable[str]) -> list[str]:
+    """Return the first names in order, as they may stand in a sentence."""
+    return [shown(name) for name in sorted(names)[:3]]

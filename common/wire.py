@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 import common
 from common.errors import MismatchError, PayloadError
-from common.frames import Parts
+from common.frames import Parts, shown
 from common.payload import Kind, Payload, Payloads, Scalar
 from common.proto import wardround_pb2 as pb
 
@@ -112,7 +112,7 @@ def read_header(parts: Parts) -> pb.Header:
         raise PayloadError("The message's header cannot be parsed.") from error
     if header.schema != WIRE_SCHEMA:
         raise MismatchError(
-            f"Wire schema {header.schema} (software {_shown(header.software) or 'unknown'}) met schema {WIRE_SCHEMA} "
+            f"Wire schema {header.schema} (software {shown(header.software) or 'unknown'}) met schema {WIRE_SCHEMA} "
             f"(software {common.__version__}): install the same version at both ends."
         )
     return header
@@ -128,12 +128,12 @@ def decode(parts: Parts) -> Envelope:
     header = read_header(parts)
     expected = {"head", "config", "metrics", "summary"} | {f"p.{head.name}" for head in header.payloads}
     if surplus := parts.keys() - expected:
-        names = [_shown(name) for name in sorted(surplus)[:3]]
+        names = [shown(name) for name in sorted(surplus)[:3]]
         raise PayloadError(f"The message has parts that its header does not name: {names}.")
     payloads: Payloads = {}
     for head in header.payloads:
         if head.name in payloads:
-            raise PayloadError(f"Payload '{_shown(head.name)}' is named twice.")
+            raise PayloadError(f"Payload '{shown(head.name)}' is named twice.")
         payloads[head.name] = decode_payload(head, parts.get(f"p.{head.name}"))
     return Envelope(
         run=header.run, round=header.round, phase=header.phase, site=header.site, rounds=header.rounds,
@@ -183,7 +183,7 @@ def decode_payload(head: pb.PayloadHead, blob: bytes | None) -> Payload:
     Raises:
         PayloadError: Missing or altered bytes, unknown kind, codec or dtype, sizes that do not add up.
     """
-    name = _shown(head.name)
+    name = shown(head.name)
     if blob is None:
         raise PayloadError(f"Payload '{name}' is named in the header but its bytes are missing.")
     if len(blob) != head.nbytes:
@@ -193,11 +193,11 @@ def decode_payload(head: pb.PayloadHead, blob: bytes | None) -> Payload:
             f"Payload '{name}' does not have the checksum of its header: it was altered on the way."
         )
     if head.codec != "raw":
-        raise PayloadError(f"Payload '{name}' has the unknown codec '{_shown(head.codec)}'; known: raw.")
+        raise PayloadError(f"Payload '{name}' has the unknown codec '{shown(head.codec)}'; known: raw.")
     try:
         kind = Kind(head.kind)
     except ValueError as error:
-        raise PayloadError(f"Payload '{name}' is of the unknown kind '{_shown(head.kind)}'.") from error
+        raise PayloadError(f"Payload '{name}' is of the unknown kind '{shown(head.kind)}'.") from error
     tensors: dict[str, torch.Tensor] = {}
     end = 0
     for item in head.tensors:
@@ -209,11 +209,11 @@ def decode_payload(head: pb.PayloadHead, blob: bytes | None) -> Payload:
 
 
 def _tensor(item: pb.TensorHead, blob: bytes, offset: int, payload: str) -> torch.Tensor:
-    name = _shown(item.name)
+    name = shown(item.name)
     dtype = DTYPES.get(item.dtype)
     if dtype is None:
         raise PayloadError(
-            f"Payload '{payload}' tensor '{name}' has the unknown dtype '{_shown(item.dtype)}'."
+            f"Payload '{payload}' tensor '{name}' has the unknown dtype '{shown(item.dtype)}'."
         )
     if len(item.shape) > MAX_DIMS or math.prod(max(size, 1) for size in item.shape) > MAX_VALUES:
         raise PayloadError(f"Payload '{payload}' tensor '{name}' has a shape beyond all measure.")
@@ -231,11 +231,6 @@ def _tensor(item: pb.TensorHead, blob: bytes, offset: int, payload: str) -> torc
         raise PayloadError(f"Payload '{payload}' tensor '{name}' has bytes that are no booleans.")
     return torch.frombuffer(data, dtype=dtype).reshape(tuple(item.shape))
 
-
-def _shown(text: str) -> str:
-    """Return text of the other end as it may stand in a sentence: short, without control characters."""
-    cut = text[:64]
-    return cut if cut.isprintable() else ascii(cut)[1:-1]
 
 
 def _set_scalar(target: pb.Scalar, value: Scalar) -> None:

@@ -20,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ops import words
-from ops.story import DIRECTIONS, Round, Site, Story
-from ops.story_events import integer, number
+from ops.story import DIRECTIONS, Process, Restart, Round, Site, SiteRound, Story
+from ops.story_fields import integer, number
 from ops.story_reader import RunReader, Tail
 
 __all__ = ["LiveView", "Tail", "line_of", "panel"]
@@ -78,17 +78,19 @@ class LiveView:
 
     def refresh(self) -> None:
         """Read what is new and show it; cheap enough to be called several times a second."""
-        new = self._reader.poll()
         if self._live is None:
-            for event in new:
-                line = line_of(event, self.story)
-                if line:
-                    self.console.print(Text(line), soft_wrap=True)
+            self._reader.poll(self._tell)
             return
+        new = self._reader.poll()
         now = self._clock()
         if new or now - self._drawn >= REDRAW_SECONDS:
             self._live.update(panel(self.story, now), refresh=True)
             self._drawn = now
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        line = line_of(event, self.story)
+        if line:
+            self.console.print(Text(line), soft_wrap=True)
 
 
 def panel(story: Story, now: float) -> RenderableType:
@@ -99,7 +101,7 @@ def panel(story: Story, now: float) -> RenderableType:
         now: Seconds since the epoch.
     """
     parts: list[RenderableType] = [_headline(story, now)]
-    processes = _processes(story)
+    processes = _processes(story, now)
     if processes is not None:
         parts.append(processes)
     if story.planned:
@@ -121,24 +123,26 @@ def _headline(story: Story, now: float) -> Text:
     verdict = story.verdict
     if verdict is not None:
         word, style = ("completed", "bold green") if verdict.ok else ("failed", "bold red")
+        took = story.seconds
         text = Text(word, style=style)
         if verdict.failure is not None:
             text.append(f" ({verdict.failure.code}): {verdict.failure.message}", style="red")
-        return text.append(
-            f"  {words.duration(verdict.seconds)}" if verdict.seconds is not None else "", style="dim"
-        )
+        return text.append(f"  {words.duration(took)}" if took is not None else "", style="dim")
     doing = words.TRIAL_PHASES.get(story.phase, story.phase) or (
         "running" if story.rounds else "waiting for events"
     )
     text = Text(doing, style="bold")
-    if story.begun is not None:
-        text.append(f"  {words.duration(max(now - story.begun, 0.0))}", style="dim")
+    elapsed = story.elapsed(now)
+    if elapsed is not None:
+        text.append(f"  {words.duration(elapsed)}", style="dim")
+    if story.resumes:
+        text.append(f"  {words.continued(story.resumes[-1].round)}", style="yellow")
     if story.latest is not None and now - story.latest > STALE_SECONDS:
         text.append(f"  last event {words.duration(now - story.latest)} ago", style="yellow")
     return text
 
 
-def _processes(story: Story) -> Text | None:
+def _processes(story: Story, now: float) -> Text | None:
     started = [item for item in story.processes.values() if item.started]
     if not started:
         return None
@@ -146,13 +150,29 @@ def _processes(story: Story) -> Text | None:
     broken = [item for item in started if item.broke]
     for item in broken:
         text.append(f"{item.name} ended by itself (exit code {item.exit_code})  ", style="bold red")
+    for item in _restarting(story, now):
+        if item.restart is not None:
+            text.append(f"{item.name} is started again ({_why(item.restart)})  ", style="yellow")
     # Who is waited for is worth a line only while the trial starts.
     ready = [item for item in started if item.ready_seconds is not None]
     text.append(f"{len(ready)} of {words.plural(len(started), 'process', 'processes')} ready", style="dim")
+    again = sum(item.restart is not None for item in started)
+    text.append(f", {again} started again" if again else "", style="dim")
     waiting = [item.name for item in started if item.ready_seconds is None and item.exit_code is None]
     if waiting and story.phase in {"start", "register", "ready"}:
         text.append(f"; waiting for {', '.join(waiting[:6])}{' …' if len(waiting) > 6 else ''}", style="dim")
     return text
+
+
+def _restarting(story: Story, now: float) -> list[Process]:
+    """Return the processes that were started again just now and have not said that they are ready."""
+    found = [item for item in story.processes.values() if item.restart is not None and not item.broke]
+    return [item for item in found if item.restart and now - (item.restart.when or now) < STALE_SECONDS]
+
+
+def _why(restart: Restart) -> str:
+    nth = "" if restart.attempt is None else f"attempt {restart.attempt}"
+    return ", ".join(part for part in (restart.why, nth) if part) or "no reason was told"
 
 
 def _progress(story: Story) -> RenderableType:
@@ -188,7 +208,7 @@ def _sites(story: Story, now: float) -> Table:
             Text(words.duration(since) if since is not None else ""),
             *(Text(_latest(story, alias, model)) for model in models),
             *(Text(words.size(_moved(story, alias, direction))) for direction in DIRECTIONS),
-            _state(story, site),
+            _state(story, site, now),
         ]
         table.add_row(*cells)
     return table
@@ -214,10 +234,13 @@ def _moved(story: Story, alias: str, direction: str) -> int | None:
     return story.messages(alias, direction) if carried is None else carried
 
 
-def _state(story: Story, site: Site) -> Text:
+def _state(story: Story, site: Site, now: float) -> Text:
     broken = [item.name for item in story.processes.values() if item.site == site.alias and item.broke]
     if broken:
         return Text(f"{broken[0]} ended", style="bold red")
+    restarting = [item.name for item in _restarting(story, now) if item.site == site.alias]
+    if restarting:
+        return Text(f"{restarting[0]} is started again", style="yellow")
     if site.refused is not None:
         return Text(f"refused: {site.refused.code}", style="bold red")
     current = story.current
@@ -227,8 +250,22 @@ def _state(story: Story, site: Site) -> Text:
     if place.failure is not None:
         return Text(f"failed: {place.failure.code}", style="bold red")
     if place.answered:
-        return Text("ok", style="green")
+        return Text("ok" if not place.retries else f"ok, was asked again ({place.retries})", style="green")
+    if place.retries:
+        return Text(_asked_again(place), style="yellow")
+    before = story.rounds.get(current.number - 1) if current else None
+    if before is not None and site.alias in before.sites and before.sites[site.alias].late:
+        return Text(f"its answer to round {before.number} came too late", style="yellow")
     return Text("working" if place.asked else "not asked", style="dim")
+
+
+def _asked_again(place: SiteRound) -> str:
+    """Return how a site stands that is being asked again: "not reached, asked again (2)"."""
+    code = place.trouble.code if place.trouble else "unknown"
+    return f"{'not reached' if code in _NOT_REACHED else code}, asked again ({place.retries})"
+
+
+_NOT_REACHED = frozenset({"transport", "worker", "cancelled", "unknown"})
 
 
 def line_of(event: dict[str, Any], story: Story) -> str | None:
@@ -249,6 +286,9 @@ def line_of(event: dict[str, Any], story: Story) -> str | None:
         return _timed(
             event, story, f"run of {story.method}: {words.plural(story.planned or 0, 'round')}{size}"
         )
+    if name in _FAULTS:
+        told = _FAULTS[name](event, story)
+        return _timed(event, story, told) if told else None
     if name == "site.ready" and site in story.sites:
         cases = ", ".join(f"{count} {split}" for split, count in story.sites[site].cases.items())
         return _timed(event, story, f"{site} is ready: {cases or 'no'} cases")
@@ -261,6 +301,49 @@ def line_of(event: dict[str, Any], story: Story) -> str | None:
     if name in {"run.end", "trial.end"}:
         return _timed(event, story, _end_line(name.partition(".")[0], story))
     return None
+
+
+def _retry_line(event: dict[str, Any], story: Story) -> str:
+    site, item = str(event.get("site", "")), story.rounds.get(integer(event, "round") or 0)
+    place = item.sites.get(site) if item else None
+    if place is None:
+        return ""
+    message = place.trouble.message.removeprefix(f"{site}: ") if place.trouble else ""
+    return f"{site} {_asked_again(place)}: {message}"
+
+
+def _late_line(event: dict[str, Any], story: Story) -> str:
+    return f"{event.get('site', '')} answered round {event.get('round')} too late; the answer is refused"
+
+
+def _joined_line(event: dict[str, Any], story: Story) -> str:
+    cases = integer(event, "cases")
+    told = "" if cases is None else f" with {words.plural(cases, 'case')}"
+    return f"{event.get('site', '')} takes part from round {event.get('round')}{told}"
+
+
+def _resume_line(event: dict[str, Any], story: Story) -> str:
+    return f"the run is {words.continued(integer(event, 'round'))}"
+
+
+def _refused_line(event: dict[str, Any], story: Story) -> str:
+    what = f"the checkpoint of round {event.get('round')} is refused ({event.get('code')})"
+    return f"{what}: {event.get('message', '')} The one before it is used."
+
+
+def _restart_line(event: dict[str, Any], story: Story) -> str:
+    process = story.processes.get(str(event.get("name", "")))
+    return f"{process.name} is started again ({_why(process.restart)})" if process and process.restart else ""
+
+
+_FAULTS: dict[str, Callable[[dict[str, Any], Story], str]] = {
+    "site.retry": _retry_line,
+    "site.late": _late_line,
+    "site.joined": _joined_line,
+    "run.resume": _resume_line,
+    "checkpoint.refused": _refused_line,
+    "process.restart": _restart_line,
+}
 
 
 def _timed(event: dict[str, Any], story: Story, text: str) -> str:

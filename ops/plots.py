@@ -38,6 +38,7 @@ COLOURS = {
     "k3": ("#8c7aa9", "#b3a2d0"),
     "k4": ("#c9b8a0", "#8d7f6b"),
     "wait": ("#d9a441", "#d9a441"),
+    "miss": ("#a3231a", "#ff7a66"),
 }
 SITE_COLOURS = [f"s{index}" for index in range(6)]
 STACK_COLOURS = [f"k{index}" for index in range(5)]
@@ -111,19 +112,19 @@ def scores(story: Story) -> Chart:
     caption = "Measured by each site on its own validation cases. Round 0 is the initial model."
     if not models:
         return Chart(chart_title, caption, "", "No figures were told.")
-    with _figure(len(models), share_y=True) as (figure, axes):
+    with drawing(len(models), share_y=True) as (figure, axes):
         lowest, highest = 1.0, 0.0
         for panel, model in zip(axes, models, strict=True):
             for alias in story.sites:
                 series = story.series(alias, model)
                 _line(panel, story, alias, series)
                 lowest, highest = min([lowest, *series.values()]), max([highest, *series.values()])
-            _panel(panel, words.MODELS.get(model, model).capitalize(), "round", integers=True)
+            dress(panel, words.MODELS.get(model, model).capitalize(), "round", integers=True)
         axes[0].set_ylabel(title)
         if words.bounded(story.primary):
             room = max(0.06 * (highest - lowest), 0.01)
             axes[0].set_ylim(max(0.0, lowest - room), min(1.0, highest + room))
-        svg = _svg(figure, "scores")
+        svg = svg_text(figure, "scores")
     return Chart(chart_title, caption, svg, f"{chart_title}, a line per site", sites=True)
 
 
@@ -142,16 +143,16 @@ def losses(story: Story) -> Chart:
     mean = {item.number: item.loss for item in story.training if item.loss is not None}
     if not mean and not any(series.values()):
         return Chart(title, caption, "", "No training loss was told.")
-    with _figure() as (figure, (panel,)):
+    with drawing() as (figure, (panel,)):
         for alias, values in series.items():
             _line(panel, story, alias, values)
         if len(story.sites) > 1 and mean:
             panel.plot(
                 list(mean), list(mean.values()), color=light("ink"), linewidth=2.2, linestyle=(0, (4, 1.5)), zorder=4
             )  # fmt: skip
-        _panel(panel, "", "round", integers=True)
+        dress(panel, "", "round", integers=True)
         panel.set_ylabel("loss")
-        svg = _svg(figure, "loss")
+        svg = svg_text(figure, "loss")
     legend = [Key("mean over sites", "ink", line=True)] if len(story.sites) > 1 and mean else []
     return Chart(title, caption, svg, f"{title}, a line per site and their mean", legend, sites=True)
 
@@ -169,7 +170,7 @@ def seconds(story: Story) -> Chart:
     phases = _phases(rounds)
     layers = {words.PHASES.get(name, name): values for name, values in phases.items()}
     over = [max(item.overhead or 0.0, 0.0) for item in rounds]
-    with _figure() as (figure, (panel,)):
+    with drawing() as (figure, (panel,)):
         keys = _stack(panel, [_name(item) for item in rounds], layers)
         if any(item.overhead is not None for item in rounds):
             bottom = [sum(values[index] for values in layers.values()) for index in range(len(rounds))]
@@ -177,9 +178,9 @@ def seconds(story: Story) -> Chart:
                 range(len(rounds)), over, _width(len(rounds)), bottom=bottom, color=light("wait"), linewidth=0
             )
             keys.append(Key("Framework and transport", "wait"))
-        _panel(panel, "", "round")
+        dress(panel, "", "round")
         panel.set_ylabel("seconds")
-        svg = _svg(figure, "seconds")
+        svg = svg_text(figure, "seconds")
     return Chart(title, caption, svg, f"{title}, stacked by phase", keys)
 
 
@@ -213,15 +214,15 @@ def traffic(story: Story) -> Chart:
         ]
         return found | ({"Everything else": rest} if len(named) < len(total) else {})
 
-    with _figure() as (figure, (panel,)):
+    with drawing() as (figure, (panel,)):
         names = [_name(item) for item in rounds]
         keys = _stack(panel, names, layers(UP, 1))
         _stack(panel, names, layers(DOWN, -1))
         panel.axhline(0, color=light("soft"), linewidth=0.8)
-        _panel(panel, "", "round")
+        dress(panel, "", "round")
         panel.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
         panel.set_ylabel(f"{unit}   down · up")
-        svg = _svg(figure, "bytes")
+        svg = svg_text(figure, "bytes")
     return Chart(title, caption, svg, f"{title}, stacked by kind", keys)
 
 
@@ -265,10 +266,20 @@ def _stack(panel: Axes, names: Sequence[str], layers: dict[str, list[float]]) ->
         )
         bottom = [low + value for low, value in zip(bottom, values, strict=True)]
         keys.append(Key(label, colour))
-    step = max(1, -(-len(names) // 16))
-    shown = [index for index in range(len(names)) if index % step == 0 or index == len(names) - 1]
-    panel.set_xticks(shown, [names[index] for index in shown])
+    tick_places(panel, names)
     return keys
+
+
+def tick_places(panel: Axes, names: Sequence[str]) -> None:
+    """Name the places on the x axis, only some of them where they are many."""
+    step = max(1, -(-len(names) // 16))
+    last = len(names) - 1
+    shown = [
+        index
+        for index in range(len(names))
+        if index == last or (index % step == 0 and last - index > step // 2)
+    ]
+    panel.set_xticks(shown, [names[index] for index in shown])
 
 
 def _width(bars: int) -> float:
@@ -292,7 +303,8 @@ def _line(panel: Axes, story: Story, alias: str, series: dict[int, float]) -> No
     )
 
 
-def _panel(panel: Axes, title: str, x_label: str, *, integers: bool = False) -> None:
+def dress(panel: Axes, title: str, x_label: str, *, integers: bool = False) -> None:
+    """Give a panel its title, its axis and its quiet grid."""
     from matplotlib.ticker import MaxNLocator
 
     if title:
@@ -309,7 +321,9 @@ def _panel(panel: Axes, title: str, x_label: str, *, integers: bool = False) -> 
 
 
 @contextmanager
-def _figure(panels: int = 1, *, share_y: bool = False) -> Iterator[tuple[Figure, Sequence[Axes]]]:
+def drawing(
+    panels: int = 1, *, share_y: bool = False, size: tuple[float, float] = (WIDTH, HEIGHT)
+) -> Iterator[tuple[Figure, Sequence[Axes]]]:
     """Make a figure without any global state of matplotlib and with settings that give the same bytes each time."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -330,12 +344,12 @@ def _figure(panels: int = 1, *, share_y: bool = False) -> Iterator[tuple[Figure,
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(settings)  # type: ignore[arg-type]
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained", facecolor="none")
+        figure = Figure(figsize=size, layout="constrained", facecolor="none")
         axes = figure.subplots(1, panels, squeeze=False, sharey=share_y)
         yield figure, list(axes[0])
 
 
-def _svg(figure: Figure, name: str) -> str:
+def svg_text(figure: Figure, name: str) -> str:
     """Return a figure as SVG for inlining: no prologue, ids of its own, colours from the page."""
     stream = io.StringIO()
     figure.savefig(

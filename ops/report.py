@@ -16,9 +16,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from common.errors import ConfigError
+from ops import report_faults as faults
 from ops import report_view as view
 from ops import words
 from ops.plots import COLOURS, charts, site_mark
+from ops.plots_strip import strip
 from ops.story import Story
 from ops.story_reader import read_story
 
@@ -84,6 +86,8 @@ def context(story: Story, folder: Path) -> dict[str, Any]:
         "badge": view.badge(story),
         "code": failure.code if failure else "",
         "advice": words.advice(failure.code) if failure else "",
+        "resume": faults.resume_command(faults.run_name(folder)) if story.resumable else "",
+        "effect": faults.resume_effect(story),
         "facts": view.facts(story),
         "marks": {alias: site_mark(story, alias) for alias in story.sites},
         "bars": view.bars(story),
@@ -93,8 +97,14 @@ def context(story: Story, folder: Path) -> dict[str, Any]:
         "place": _place(story),
         "own": len(story.models_seen) > 1,
         "figure_notes": _figure_notes(story),
-        "participation": view.participation(story),
-        "absences": view.absences(story),
+        "strip": strip(story),
+        "participation": faults.participation(story),
+        "missed": faults.missed(story),
+        "absences": faults.absences(story),
+        "repetitions": faults.repetitions(story),
+        "interruptions": faults.interruptions(story),
+        "times": faults.round_times(story),
+        "witnesses": faults.witnesses(story),
         "warnings": story.warnings,
         "traffic": view.traffic(story),
         "wire": len(measured) == len(story.sites),

@@ -12,7 +12,7 @@ from urllib.parse import quote
 from common.federation import is_alias
 from ops import words
 from ops.plots import site_colour
-from ops.story import DIRECTIONS, DOWN, UP, Round, Story
+from ops.story import DIRECTIONS, DOWN, UP, Story
 
 MOST_PICTURES = 8
 MOST_COLUMNS = 14
@@ -37,12 +37,14 @@ class Table:
         second: Second row of titles, if there is one.
         rows: Cells by row; each (words, CSS class).
         foot: Closing rows.
+        tips: What a cell says where it is pointed at, by (row, column).
     """
 
     head: list[tuple[str, int]]
     rows: list[list[tuple[str, str]]]
     second: list[str] = field(default_factory=list)
     foot: list[list[tuple[str, str]]] = field(default_factory=list)
+    tips: dict[tuple[int, int], str] = field(default_factory=dict)
 
     def right(self, column: int) -> bool:
         """Tell whether a column holds numbers, which stand on the right."""
@@ -69,14 +71,15 @@ class Picture:
 def badge(story: Story) -> tuple[str, str, str]:
     """Return (CSS class, word, sentence) of the verdict."""
     verdict = story.verdict
+    nth = f"Attempt {len(story.attempts)}: " if len(story.attempts) > 1 else ""
     if verdict is None:
         told = "No verdict was told: the run is still going, or was cut off. This page shows what was written until then."
-        return "open", "no verdict", told
+        return "open", "no verdict", nth + told
     if verdict.ok:
         return "ok", "completed", f"{words.plural(len(story.completed), 'round')} completed."
     failure = verdict.failure
     assert failure is not None
-    return "failed", "failed", failure.message
+    return "failed", "failed", nth + failure.message
 
 
 def facts(story: Story) -> list[tuple[str, str]]:
@@ -91,6 +94,7 @@ def facts(story: Story) -> list[tuple[str, str]]:
         ("Data", story.data),
         ("Hospitals", words.count(len(story.sites)) if story.sites else ""),
         ("Rounds", f"{len(story.completed)}{planned}"),
+        ("Attempts", _attempts(story)),
         ("Seed", "" if story.seed is None else str(story.seed)),
         (
             "Model",
@@ -101,6 +105,14 @@ def facts(story: Story) -> list[tuple[str, str]]:
         ("Run", story.run),
     ]
     return [(name, value) for name, value in pairs if value]
+
+
+def _attempts(story: Story) -> str:
+    """Return how often the run was tried, and after which rounds it was continued; empty for one straight run."""
+    if len(story.attempts) < 2 and not story.resumes:
+        return ""
+    after = [f"round {item.round}" for item in story.resumes if item.round]
+    return str(max(len(story.attempts), 1)) + (f", continued after {words.joined(after)}" if after else "")
 
 
 def cards(story: Story) -> list[Card]:
@@ -159,13 +171,11 @@ def _cost_cards(story: Story) -> list[Card]:
         if up is not None or down is not None
         else words.NOT_MEASURED
     )
-    verdict, run = story.verdict, story.run_end
-    inside = (
-        f"of it {words.duration(run.seconds)} in the server's run"
-        if story.trial_end and run and run.seconds
-        else ""
-    )
-    wall = words.duration(verdict.seconds) if verdict and verdict.seconds is not None else words.NOT_MEASURED
+    wall = words.NOT_MEASURED if story.seconds is None else words.duration(story.seconds)
+    notes = [f"sum of {len(story.attempts)} attempts"] if len(story.attempts) > 1 else []
+    if story.trial_end and story.server_seconds:
+        notes.append(f"of it {words.duration(story.server_seconds)} in the server's run")
+    inside = "; ".join(notes)
     overheads = story.overheads
     median = words.duration(statistics.median(overheads)) if overheads else words.NOT_MEASURED
     over = f"a round beyond the slowest site's own work, median of {words.plural(len(overheads), 'round')}"
@@ -236,51 +246,6 @@ def result_tables(story: Story, *, apart: bool = False, without: frozenset[str] 
             table.rows.append([*head, *cells])
         tables.append(table)
     return tables
-
-
-def participation(story: Story) -> Table:
-    """Return who contributed how many cases to which round, and how long it took."""
-    table = Table([("Round", 1), *((alias, 1) for alias in story.sites), *((name, 1) for name in _TIMES)], [])
-    for item in story.cycles:
-        cells = [(("closing evaluation" if item.closing else str(item.number)), "")]
-        cells += [_part(item, alias) for alias in story.sites]
-        loss = words.NONE if item.loss is None else f"{item.loss:.4f}"
-        times = [words.duration(value) for value in (item.seconds, item.slowest, item.overhead)]
-        table.rows.append([*cells, *((value, "num") for value in (*times, loss))])
-    return table
-
-
-_TIMES = ("Wall", "Slowest site", "Overhead", "Loss")
-
-
-def _part(item: Round, alias: str) -> tuple[str, str]:
-    missing, place = item.missing, item.sites.get(alias)
-    if alias in missing:
-        return missing[alias].code, "num bad"
-    if item.closing and (alias in item.contributed or (place and place.answered)):
-        return "evaluated", "num"
-    cases = item.cases.get(alias, place.cases if place else None)
-    if cases is not None:
-        return words.plural(cases, "case"), "num"
-    if item.asked and alias not in item.asked:
-        return "not asked", "num quiet"
-    return words.NONE, "num quiet"
-
-
-def absences(story: Story) -> Table:
-    """Return who was missing when and why, and what to do."""
-    table = Table([(name, 1) for name in ("Round", "Site", "Code", "Reason", "What to do")], [])
-    for alias, failure in story.refused.items():
-        table.rows.append(_absence("start", alias, failure.code, failure.message))
-    for item in story.cycles:
-        for alias, failure in item.missing.items():
-            when = "closing" if item.closing else str(item.number)
-            table.rows.append(_absence(when, alias, failure.code, failure.message))
-    return table
-
-
-def _absence(when: str, alias: str, code: str, message: str) -> list[tuple[str, str]]:
-    return [(when, ""), (alias, "site"), (code, "bad"), (message, "text"), (words.advice(code), "text")]
 
 
 def traffic(story: Story) -> Table:

@@ -10,218 +10,52 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ops.story_parts import (
+    NO_REASON,
+    Activity,
+    Attempt,
+    Failure,
+    Figures,
+    Joined,
+    Notice,
+    Process,
+    RefusedCheckpoint,
+    Restart,
+    Resume,
+    Round,
+    SavedModel,
+    Site,
+    SiteRound,
+    Transport,
+    Verdict,
+    Witness,
+)
+
 DOWN, UP = "down", "up"
 DIRECTIONS = (DOWN, UP)
 GLOBAL, PERSONAL = "global", "personal"
 VALIDATION, TEST = "validation", "test"
 LOWER_IS_BETTER = frozenset({"hd95", "assd", "loss", "brier", "ece", "nll", "mae", "mse", "rmse"})
-NO_REASON = ("unknown", "No reason was recorded.")
 
-
-@dataclass(frozen=True)
-class Failure:
-    """Why something did not happen: a code and a safe sentence."""
-
-    code: str
-    message: str
-
-
-@dataclass(frozen=True)
-class Figures:
-    """A site's figures for one model.
-
-    Attributes:
-        round: Round whose result was evaluated; 0 is the initial model.
-        split: "validation" or "test".
-        model: "global" or "personal".
-        cases: Evaluated cases, None if not told.
-        values: Figure by name; a class's figure is "name/class".
-        primary: Name of the main figure.
-    """
-
-    round: int
-    split: str
-    model: str
-    cases: int | None
-    values: dict[str, float]
-    primary: str
-
-    @property
-    def main(self) -> float | None:
-        """The main figure."""
-        return self.values.get(self.primary)
-
-
-@dataclass
-class SiteRound:
-    """One site in one round; None and empty where nothing was told.
-
-    Attributes:
-        asked: A message went out to it.
-        answered: Its answer was taken.
-        waited: Seconds between question and answer, at the coordinator.
-        local: Seconds in the worker.
-        phases: Seconds in the worker by phase.
-        relay: What its relay said of itself (cpu_s, peak_mb).
-        bytes: Bytes by direction and kind.
-        failure: Why it did not contribute.
-    """
-
-    asked: bool = False
-    answered: bool = False
-    waited: float | None = None
-    local: float | None = None
-    phases: dict[str, float] = field(default_factory=dict)
-    cases: int | None = None
-    loss: float | None = None
-    relay: dict[str, float] = field(default_factory=dict)
-    bytes: dict[str, dict[str, int]] = field(default_factory=dict)
-    failure: Failure | None = None
-
-    def moved(self, direction: str) -> int | None:
-        """Return the bytes of a direction, None if none were counted."""
-        kinds = self.bytes.get(direction)
-        return None if kinds is None else sum(kinds.values())
-
-
-@dataclass
-class Round:
-    """One cycle of the run.
-
-    Attributes:
-        number: From 1; the closing evaluation has the number after the last round.
-        closing: True for the closing evaluation.
-        ended: The server told its end.
-        seconds, slowest, overhead, loss: As the server told them.
-    """
-
-    number: int
-    closing: bool = False
-    asked: list[str] = field(default_factory=list)
-    ended: bool = False
-    seconds: float | None = None
-    slowest: float | None = None
-    overhead: float | None = None
-    loss: float | None = None
-    contributed: list[str] = field(default_factory=list)
-    said_missing: list[str] = field(default_factory=list)
-    cases: dict[str, int] = field(default_factory=dict)
-    sites: dict[str, SiteRound] = field(default_factory=dict)
-
-    def site(self, alias: str) -> SiteRound:
-        """Return what is known of a site, making room for it."""
-        return self.sites.setdefault(alias, SiteRound())
-
-    @property
-    def missing(self) -> dict[str, Failure]:
-        """Who did not contribute, and why."""
-        found = {alias: item.failure for alias, item in self.sites.items() if item.failure}
-        return found | {alias: Failure(*NO_REASON) for alias in self.said_missing if alias not in found}
-
-    @property
-    def slowest_site(self) -> SiteRound | None:
-        """The site that computed longest: it decides how long the round takes."""
-        timed = [item for item in self.sites.values() if item.local is not None]
-        return max(timed, key=lambda item: item.local or 0.0, default=None)
-
-    def kinds(self, direction: str) -> dict[str, int]:
-        """Return the bytes of all sites by kind."""
-        total: dict[str, int] = {}
-        for item in self.sites.values():
-            for kind, size in item.bytes.get(direction, {}).items():
-                total[kind] = total.get(kind, 0) + size
-        return total
-
-
-@dataclass
-class Transport:
-    """What a site's connection carried, summed over restarts of its SuperNode; `last` is its last own count."""
-
-    down: int = 0
-    up: int = 0
-    calls: int = 0
-    last: tuple[int, int, int] = (0, 0, 0)
-
-
-@dataclass
-class Activity:
-    """What a worker is doing just now."""
-
-    phase: str = ""
-    round: int | None = None
-    step: int | None = None
-    steps: int | None = None
-    since: float | None = None
-
-
-@dataclass
-class Site:
-    """A hospital, as far as the events tell."""
-
-    alias: str
-    cases: dict[str, int] = field(default_factory=dict)
-    ready: bool = False
-    device: str = ""
-    software: str = ""
-    refused: Failure | None = None
-    transport: Transport | None = None
-    slices: int | None = None
-    activity: Activity = field(default_factory=Activity)
-    figures: dict[tuple[int, str, str], Figures] = field(default_factory=dict)
-
-
-@dataclass
-class Process:
-    """A process of the run. Memory in MB."""
-
-    name: str
-    site: str = ""
-    started: bool = False
-    ready_seconds: float | None = None
-    exit_code: int | None = None
-    expected: bool = False
-    peak: float | None = None
-    gpu: float | None = None
-
-    @property
-    def broke(self) -> bool:
-        """It ended without having been told to."""
-        return self.exit_code is not None and not self.expected
-
-
-@dataclass(frozen=True)
-class Notice:
-    """A warning."""
-
-    code: str
-    message: str
-    site: str = ""
-    round: int | None = None
-
-
-@dataclass(frozen=True)
-class SavedModel:
-    """A model file."""
-
-    name: str
-    bytes: int | None
-    round: int | None
-    site: str = ""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How something ended."""
-
-    ok: bool
-    seconds: float | None = None
-    rounds: int | None = None
-    failure: Failure | None = None
+__all__ = [
+    "NO_REASON", "Activity", "Attempt", "Failure", "Figures", "Joined", "Notice", "Process", "RefusedCheckpoint",
+    "Restart", "Resume", "Round", "SavedModel", "Site", "SiteRound", "Story", "Transport", "Verdict", "Witness",
+]  # fmt: skip
 
 
 @dataclass
 class Story:
-    """Everything that is known of a run."""
+    """Everything that is known of a run, over all its attempts.
+
+    A run that was interrupted and continued is one run: a round that was run again stands here as it was run last.
+
+    Attributes:
+        commands: The operator's command, each time it was given.
+        servings: The server, each time it began.
+        replaced: Rounds that were run again, as they had been before; they count in bytes alone.
+        whole: Whole rounds that the last server told when it ended; None while one goes on.
+        checkpoint: Round of the newest checkpoint.
+    """
 
     run: str = ""
     config: dict[str, Any] = field(default_factory=dict)
@@ -246,12 +80,21 @@ class Story:
     trial: bool = False
     run_end: Verdict | None = None
     trial_end: Verdict | None = None
+    commands: list[Attempt] = field(default_factory=list)
+    servings: list[Attempt] = field(default_factory=list)
+    replaced: list[Round] = field(default_factory=list)
+    whole: int | None = None
+    checkpoint: int | None = None
+    resumes: list[Resume] = field(default_factory=list)
+    restarts: list[Restart] = field(default_factory=list)
+    refused_checkpoints: list[RefusedCheckpoint] = field(default_factory=list)
+    joined: list[Joined] = field(default_factory=list)
     events: int = 0
     unreadable: int = 0
 
     @property
     def verdict(self) -> Verdict | None:
-        """How the run ended; None while it goes on, or if it was cut off.
+        """How the last attempt ended; None while it goes on, or if it was cut off.
 
         The command's own verdict counts before the server's: it also knows of processes and keys.
         """
@@ -261,6 +104,40 @@ class Story:
     def ended(self) -> bool:
         """Nothing more will come: the command, or without one the server, told its verdict."""
         return self.trial_end is not None or (not self.trial and self.run_end is not None)
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """The tries at the run in order: the command's where there is one, else the server's."""
+        return self.commands or self.servings
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds that the run took, over all attempts, without the time between them; None before its verdict."""
+        return self._sum(self.attempts) if self.verdict is not None else None
+
+    @property
+    def server_seconds(self) -> float | None:
+        """Seconds of them in the server."""
+        return self._sum(self.servings) if self.run_end is not None else None
+
+    @staticmethod
+    def _sum(attempts: list[Attempt]) -> float | None:
+        each = [item.seconds for item in attempts]
+        known = [value for value in each if value is not None]
+        return sum(known) if known and len(known) == len(each) else None
+
+    def elapsed(self, now: float) -> float | None:
+        """Return the seconds until now that the run was worked on, without the time between attempts."""
+        last = self.attempts[-1].begun if self.attempts else self.begun
+        if last is None:
+            return None
+        return max(now - last, 0.0) + sum(item.seconds or 0.0 for item in self.attempts[:-1])
+
+    @property
+    def resumable(self) -> bool:
+        """`wardround resume` can continue it: a trial or simulation whose server had begun, and that did not end well."""
+        ended_well = any(end is not None and end.ok for end in (self.run_end, self.trial_end))
+        return self.trial and bool(self.servings or self.rounds) and not ended_well
 
     @property
     def cycles(self) -> list[Round]:
@@ -275,7 +152,7 @@ class Story:
     @property
     def completed(self) -> list[Round]:
         """The training rounds that were whole; a last round that missed its quorum is none."""
-        most = self.run_end.rounds if self.run_end and self.run_end.rounds is not None else float("inf")
+        most = float("inf") if self.whole is None else self.whole
         return [item for item in self.training if item.ended and item.contributed and item.number <= most]
 
     @property
@@ -359,16 +236,17 @@ class Story:
         return alias, finals[alias]
 
     def kinds(self, alias: str, direction: str) -> dict[str, int]:
-        """Return a site's bytes of the whole run by kind."""
+        """Return a site's bytes of the whole run by kind, with those of rounds that were run again."""
         total: dict[str, int] = {}
-        for item in self.rounds.values():
+        for item in (*self.rounds.values(), *self.replaced):
             for kind, size in item.sites.get(alias, SiteRound()).bytes.get(direction, {}).items():
                 total[kind] = total.get(kind, 0) + size
         return total
 
     def messages(self, alias: str, direction: str) -> int | None:
         """Return the bytes of a site's messages, None if none were counted."""
-        counted = [item.sites[alias].moved(direction) for item in self.rounds.values() if alias in item.sites]
+        cycles = (*self.rounds.values(), *self.replaced)
+        counted = [item.sites[alias].moved(direction) for item in cycles if alias in item.sites]
         known = [size for size in counted if size is not None]
         return sum(known) if known else None
 

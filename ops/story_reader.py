@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import math
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
 from common.events import EVENT_SCHEMA
 from ops.story import Story
-from ops.story_events import Event, add, fill_from_config, number
+from ops.story_events import add, fill_from_config
+from ops.story_fields import Event, number
 
 CONFIG_FILE = "config.json"
 EVENT_FILES = "events*.jsonl"
@@ -84,8 +86,12 @@ class RunReader:
         self._tails: dict[str, Tail] = {}
         self._config_read = False
 
-    def poll(self) -> list[Event]:
-        """Read what is new, add it to the story, and return it in the order of time."""
+    def poll(self, each: Callable[[Event], None] | None = None) -> list[Event]:
+        """Read what is new, add it to the story, and return it in the order of time.
+
+        Args:
+            each: Called after each event, when the story knows just this and what was before.
+        """
         self._read_config()
         for path in sorted(self.folder.glob(EVENT_FILES)):
             self._tails.setdefault(path.name, Tail(path))
@@ -100,6 +106,8 @@ class RunReader:
         new.sort(key=lambda item: item[0])
         for _, event in new:
             add(self.story, event)
+            if each is not None:
+                each(event)
         self.story.unreadable = sum(tail.unreadable for tail in self._tails.values())
         return [event for _, event in new]
 

@@ -10,6 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from ops import report_faults as faults
 from ops import report_view as view
 from ops import words
 from ops.report import REPORT_FILE
@@ -37,6 +38,8 @@ def print_closing(out: Path, console: Console) -> None:
     for table in (rounds_table(story), *figures, absence_table(story)):
         if table is not None:
             _print(table, console)
+    for sentence in faults.missed(story):
+        console.print(Text(sentence, style="yellow"), soft_wrap=True)
     for item in story.warnings[-5:]:
         console.print(
             Text(f"warning {item.site} ({item.code}): {item.message}".replace("  ", " "), style="yellow")
@@ -88,6 +91,7 @@ def rounds_table(story: Story) -> Table | None:
             local = words.duration(place.local if place else None)
             moved = [words.size(place.moved(direction) if place else None) for direction in (UP, DOWN)]
             name = ("end" if item.closing else str(item.number)) if index == 0 else ""
+            name += ", run again" if name and item.again else ""
             table.add_row(Text(name), Text(alias), *cells, local, *moved, _part(story, item.number, alias))
     return table
 
@@ -95,11 +99,13 @@ def rounds_table(story: Story) -> Table | None:
 def _part(story: Story, number: int, alias: str) -> Text:
     item = story.rounds[number]
     missing = item.missing.get(alias)
-    if missing is not None:
-        return Text(missing.code, style="red")
     place = item.sites.get(alias)
+    again = f", again {place.retries}" if place and place.retries else ""
+    if missing is not None:
+        return Text(missing.code + again, style="red")
     cases = item.cases.get(alias, place.cases if place else None)
-    return Text(words.NONE if item.closing or cases is None else str(cases))
+    told = words.NONE if item.closing or cases is None else str(cases)
+    return Text(told + again, style="yellow" if again else "")
 
 
 def figure_tables(story: Story, *, apart: bool = False) -> list[Table]:
@@ -127,7 +133,7 @@ def figure_tables(story: Story, *, apart: bool = False) -> list[Table]:
 
 def absence_table(story: Story) -> Table | None:
     """Return who was missing when and why; None if nobody was."""
-    content = view.absences(story)
+    content = faults.absences(story)
     if not content.rows:
         return None
     table = _table("Missing sites")
@@ -148,16 +154,19 @@ def verdict_text(story: Story, out: Path) -> Text:
     if verdict is None:
         text = Text("No verdict yet", style="bold yellow")
         text.append(": the run is still going, or was cut off.", style="default")
+        text.append(_continue(story, out, "If it was cut off, continue"), style="default")
     elif verdict.failure is not None:
         text = Text(f"Failed ({verdict.failure.code}): ", style="bold red")
         text.append(verdict.failure.message, style="default")
         text.append(f"\nWhat to do: {words.advice(verdict.failure.code)}", style="default")
+        text.append(_continue(story, out, "Then continue"), style="default")
         if (out / "logs").is_dir():
             text.append(f"\nLogs: {out / 'logs'}", style="dim")
     else:
         done, sites = len(story.completed), len(story.sites)
         text = Text("Completed", style="bold green")
-        took = f" in {words.duration(verdict.seconds)}" if verdict.seconds is not None else ""
+        took = f" in {words.duration(story.seconds)}" if story.seconds is not None else ""
+        took += f" over {len(story.attempts)} attempts" if len(story.attempts) > 1 else ""
         text.append(
             f": {words.plural(done, 'round')} with {words.plural(sites, 'site')}{took}.", style="default"
         )
@@ -166,3 +175,10 @@ def verdict_text(story: Story, out: Path) -> Text:
     if where:
         text.append(f"\n{where}", style="bold default")
     return text
+
+
+def _continue(story: Story, out: Path, lead: str) -> str:
+    """Return a line with the command that continues the run, empty where it cannot be continued."""
+    if not story.resumable:
+        return ""
+    return f"\n{lead}: {faults.resume_command(str(out))} ({faults.resume_effect(story)})"

@@ -297,7 +297,7 @@ def conduct(what: Conduct) -> int:
     if (out / "events.jsonl").exists() or (out / "sites").exists():
         write_report(out)
         print_closing(out, console)
-    elif not (out / "config.json").exists():
+    else:
         shutil.rmtree(out, ignore_errors=True)  # nothing ran, so the name stays free for the next try
     if failure:
         print_failure(*failure, detail)

@@ -5,6 +5,9 @@ Used by the report page and the terminal alike, so that both say the same.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+
 NONE = "–"
 NOT_MEASURED = "not measured"
 
@@ -81,6 +84,11 @@ TRIAL_PHASES = {
     "report": "writing the report",
     "stop": "stopping processes",
 }
+RESTARTS = {
+    "exited": "It had ended by itself",
+    "silent": "It gave no sign of life",
+    "lost": "Its connection was lost",
+}
 MODELS = {"global": "global model", "personal": "personal model"}
 RUNTIMES = {
     "fast": "fast (pre-forked relays, short polls)",
@@ -95,14 +103,17 @@ ADVICE = {
     "mismatch": "Make the two ends fit (version, labels, channels, spacing) as the sentence says, then start again.",
     "policy": "The hospital's policy decides: choose another method, or ask the hospital to allow it in its site.toml.",
     "worker": "Look at the site's worker log; start its worker again.",
-    "quorum": "Look at the reasons of the missing sites below; correct those sites, or lower the quorum.",
+    "quorum": "Look at the reasons of the missing sites and correct those sites; a lower quorum needs a new run.",
     "process": "Look at the named process's log in the run folder's logs/.",
     "credential": "Make or hand out the named key or certificate again, then start again.",
-    "cancelled": "Start again; nothing of the run is lost up to its last whole round.",
-    "interrupted": "Start again when you like; what was written until then is in this run folder.",
+    "cancelled": "Go on when you like; nothing of the run is lost up to its last whole round.",
+    "interrupted": "Go on when you like; what was written until then is in this run folder.",
     "deadline": "The site was too slow or gone: look at its worker and SuperNode logs, or give the round a longer "
     "deadline.",
     "transport": "Look at the site's SuperNode and relay logs, and at the network between.",
+    "storage": "Free space on the named volume and allow writing there, then start the site's worker or the run again.",
+    "training": "The loss was no finite number: look at the site's data and worker log, or train with a smaller step.",
+    "ledger": "Look with `wardround ledger verify` at the site; its data-protection officer decides how it goes on.",
     "silent": "Start the site's SuperNode and worker, and check that its key is registered.",
     "internal": "Look at the logs of the process concerned; keep them when you report it.",
 }
@@ -184,3 +195,42 @@ def plural(number: int, one: str, many: str = "") -> str:
 def advice(code: str) -> str:
     """Return what to do about an error code."""
     return ADVICE.get(code, "Look at the logs of the process concerned.")
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return whole numbers with neighbours put together: "2–4, 7"."""
+    found: list[list[int]] = []
+    for value in sorted(set(numbers)):
+        if found and value == found[-1][1] + 1:
+            found[-1][1] = value
+        else:
+            found.append([value, value])
+    return ", ".join(str(first) if first == last else f"{first}\N{EN DASH}{last}" for first, last in found)
+
+
+def joined(items: Sequence[str]) -> str:
+    """Return words in a row: "4", "4 and 7", "4, 7 and 9"."""
+    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+
+
+def ordinal(value: int) -> str:
+    """Return "1st", "2nd", "3rd", "11th"."""
+    teens = value % 100 in {11, 12, 13}
+    return f"{value}{'th' if teens else {1: 'st', 2: 'nd', 3: 'rd'}.get(value % 10, 'th')}"
+
+
+def moment(when: float | None) -> str:
+    """Return a time in UTC to the second: "2026-01-01 12:00:00"; a dash for None or what is no time."""
+    if when is None:
+        return NONE
+    try:
+        return datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return NONE
+
+
+def continued(number: int | None) -> str:
+    """Return how a run was continued: "continued after round 7"."""
+    if number is None:
+        return "continued"
+    return f"continued after round {number}" if number else "continued from the start"

@@ -21,12 +21,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from common.config import RunConfig
-from common.errors import WardroundError
+from common.errors import ConfigError, WardroundError
 from common.events import EventLog
 from common.flower import EVALUATE, TRAIN, from_record, make_message
 from common.method import Method, Reply, RoundContext
 from common.methods import get_method
 from common.models import build_model, parameter_groups
+from common.numerics.robust import cut_count
 from common.payload import Tensors, check_payloads
 from common.proto.wardround_pb2 import Phase
 from common.tasks import divide
@@ -102,8 +103,18 @@ class MethodStrategy(Strategy):
         """
         versions = versions_of(self.config, self.method, self.initial)
         call = RosterCall(link, self.run, self.config, self.events, versions)
-        self.loop = self._make_loop(link, call.collect(patience), initial, call)
+        roster = call.collect(patience)
+        self._check_trim(len(self.config.sites or roster.nodes))
+        self.loop = self._make_loop(link, roster, initial, call)
         return self.loop
+
+    def _check_trim(self, sites: int) -> None:
+        guard = self.config.guard
+        if guard.reduce == "trimmed-mean" and guard.trim and not cut_count(sites, guard.trim):
+            raise ConfigError(
+                f"guard.trim {guard.trim:g} of {sites} sites cuts off nobody, so the trimmed mean would protect from "
+                f"nothing. Set guard.trim to at least {1 / sites:.2f}, or guard.reduce to median."
+            )
 
     def _make_loop(
         self, link: Link, roster: Roster, initial: Tensors | None = None, call: RosterCall | None = None

@@ -179,6 +179,12 @@ def test_a_model_of_another_name_is_the_measure_where_there_is_none_of_the_same(
         check_updates(payloads(w=[101.0]), [MODEL], sent, guard, who="a")
 
 
+def test_of_several_models_sent_the_one_of_the_same_name_is_the_measure():
+    sent = payloads(w=[5.0]) | payloads(name="large", w=[500.0])
+    with pytest.raises(PayloadError, match="norm 15, allowed is 10 "):
+        check_updates(payloads(w=[20.0]), [MODEL], sent, GuardConfig(update_ratio=2), who="a")
+
+
 def test_measuring_changes_neither_what_came_nor_what_was_sent():
     came, sent = payloads(w=torch.ones(3).double()), payloads(w=torch.zeros(3).double())
     check_updates(came, [MODEL], sent, GuardConfig(), who="a")

@@ -1,10 +1,7 @@
-"""Median and trimmed mean: the arithmetic against slow oracles, the shelf to the bit, the override in a whole round."""
+"""Median and trimmed mean: the arithmetic against slow oracles, the override in a whole round."""
 
-import errno
-import gc
 import math
 import random
-import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -15,14 +12,13 @@ from hypothesis import strategies as st
 
 import common.shelf
 from common.config import GuardConfig, RunConfig
-from common.errors import PayloadError, StorageError
+from common.errors import PayloadError
 from common.method import Groups, MethodParams, Reply, RoundContext, ServerHalf, make_halves
 from common.methods import METHODS
 from common.methods.fedavg import FEDAVG
 from common.numerics import robust
 from common.numerics.robust import coordinate_median, cut_count, trimmed_mean
 from common.payload import Kind, Payload, PayloadSpec, Reduce, State
-from common.shelf import Shelf
 from tests.common.strategies import bits
 
 CTX = RoundContext("run", 1, 3, 0)
@@ -102,11 +98,11 @@ def test_the_largest_cut_leaves_the_median(sites, seed):
     assert torch.equal(trimmed_mean(stack, share), coordinate_median(stack))
 
 
-@given(sites=st.integers(1, 400), percent=st.integers(0, 49))
-def test_the_cut_is_the_floor_of_the_share_as_written_and_never_all(sites, percent):
-    cut = cut_count(sites, percent / 100)
-    assert cut == percent * sites // 100
-    assert sites - 2 * cut >= 1
+def test_the_cut_is_the_floor_of_the_share_as_written_and_never_all():
+    for sites in range(1, 201):
+        cuts = [cut_count(sites, percent / 100) for percent in range(50)]
+        assert cuts == [percent * sites // 100 for percent in range(50)]
+        assert sites - 2 * cut_count(sites, math.nextafter(0.5, 0)) >= 1
 
 
 @pytest.mark.parametrize("sites", [1, 2, 3, 5, 8])
@@ -163,99 +159,6 @@ def test_a_share_out_of_its_range_is_refused(share):
 def test_tensors_without_values_have_a_median_without_values():
     assert coordinate_median(torch.empty(3, 0, 2)).shape == (0, 2)
     assert trimmed_mean(torch.empty(1, 0), 0.2).shape == (0,)
-
-
-# ---- the shelf -------------------------------------------------------------------------------------------------------
-
-
-def site_tensors(seed):
-    numbers = torch.Generator().manual_seed(seed)
-    tensors = {
-        str(dtype): torch.randint(0, 2, (2, 3), generator=numbers).to(dtype)
-        if dtype is torch.bool
-        else (50 * torch.rand(2, 3, generator=numbers)).to(dtype)
-        for dtype in DTYPES
-    }
-    tensors["scalar"] = torch.tensor(seed)
-    tensors["empty"] = torch.empty(0, 4)
-    tensors["turned"] = torch.rand(3, 5, generator=numbers).T
-    tensors["grad"] = torch.rand(2, generator=numbers).requires_grad_()
-    return tensors
-
-
-@pytest.mark.parametrize("in_memory", [1, 32 << 20])
-def test_a_shelf_gives_back_every_bit_in_the_order_of_putting(monkeypatch, in_memory):
-    monkeypatch.setattr(common.shelf, "IN_MEMORY", in_memory)
-    shelf = Shelf("model")
-    sites = [site_tensors(seed) for seed in (4, 1, 7)]
-    for tensors in sites:
-        shelf.put(dict(reversed(tensors.items())) if tensors is sites[1] else tensors)
-    assert (len(shelf), shelf.names()) == (3, list(sites[0]))
-    for name in reversed(shelf.names()):
-        want = torch.stack([tensors[name] for tensors in sites])
-        assert bits(shelf.stack(name)) == bits(want)
-    shelf.close()
-    shelf.close()
-
-
-def test_a_shelf_that_is_dropped_leaves_no_open_file(monkeypatch):
-    monkeypatch.setattr(common.shelf, "IN_MEMORY", 1)
-    shelf = Shelf("model")
-    shelf.put({"w": torch.ones(100)})
-    file = shelf._file
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        del shelf
-        gc.collect()
-    assert file.closed
-
-
-@pytest.mark.parametrize(
-    ("other", "said"),
-    [
-        ({"w": torch.ones(2)}, r"missing \['v'\]"),
-        ({"w": torch.ones(2), "v": torch.ones(1), "x": torch.ones(1)}, r"unexpected \['x'\]"),
-        ({"w": torch.ones(3), "v": torch.ones(1)}, r"\(3,\).*\(2,\)"),
-        ({"w": torch.ones(2), "v": torch.ones(1).double()}, "float64.*float32"),
-    ],
-)
-def test_a_site_with_other_tensors_is_refused_and_the_shelf_goes_on(other, said):
-    shelf = Shelf("sketch")
-    shelf.put({"w": torch.ones(2), "v": torch.ones(1)}, who="alpha")
-    with pytest.raises(PayloadError, match=f"beta: 'sketch'.*{said}") as caught:
-        shelf.put(other, who="beta")
-    assert caught.value.site == "beta"
-    shelf.put({"w": 3 * torch.ones(2), "v": torch.ones(1)}, who="gamma")
-    assert shelf.stack("w").tolist() == [[1, 1], [3, 3]]
-
-
-def test_a_full_volume_is_a_clear_error_and_its_half_written_site_is_written_over():
-    shelf = Shelf("model")
-    shelf.put({"a": torch.tensor([1.0]), "b": torch.tensor([2.0])})
-    real, calls = shelf._file.write, []
-
-    def full(data):
-        calls.append(data)
-        if len(calls) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device", "/secret/place")
-        return real(data)
-
-    shelf._file.write = full
-    with pytest.raises(StorageError, match="TMPDIR") as caught:
-        shelf.put({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
-    assert "secret" not in str(caught.value)
-    assert "secret" in caught.value.detail
-    assert len(shelf) == 1
-    shelf.put({"a": torch.tensor([5.0]), "b": torch.tensor([6.0])})
-    assert (shelf.stack("a").tolist(), shelf.stack("b").tolist()) == ([[1], [5]], [[2], [6]])
-
-
-def test_a_file_that_lost_its_end_is_refused():
-    shelf = Shelf("model")
-    shelf.put({"w": torch.ones(4)})
-    shelf._file.truncate(8)
-    with pytest.raises(StorageError, match="read back"):
-        shelf.stack("w")
 
 
 # ---- the override in a round -----------------------------------------------------------------------------------------
@@ -343,9 +246,16 @@ def test_files_and_memory_give_the_same_and_nothing_stays_open(monkeypatch):
         acc = half.fold(acc, Reply(site, cases, {"model": Payload("model", Kind.MODEL, tensors)}))
     file = acc.kept["model"]._file
     assert not acc.sums  # nothing of a reply is summed, and nothing of it stays in memory
+    update, closed = half.update, []
+
+    def watched(*given):
+        closed.append(file.closed)
+        return update(*given)
+
+    half.update = watched
     outside = half.finish(state, acc, CTX).part("model")
     assert all(bits(inside[name]) == bits(outside[name]) for name in inside)
-    assert file.closed
+    assert closed == [True]  # the file is gone before the next state is built
     assert not acc.kept
 
 

@@ -1,4 +1,5 @@
-"""Makes run folders with believable events: whole, cut, failed, with a missing site, on either runtime.
+"""Makes run folders with believable events: whole, cut, failed, killed and continued, with sites that were missing or
+had to be asked again, on either runtime.
 
 Not figures of any real run: curves that rise and level off, times and bytes of the size that a small trial has. Every
 event is held against the schema (common/events.py) as it is made, and a seed gives the same bytes each time.
@@ -8,11 +9,12 @@ event is held against the schema (common/events.py) as it is made, and a seed gi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.config import RunConfig
@@ -22,6 +24,7 @@ from common.events import EVENT_SCHEMA, EVENTS
 START = 1_760_000_000.0
 CLASSES = ("CSF", "grey matter", "white matter")
 MODEL_BYTES = 1_412_364
+HEADER = 9_873
 BEST = {"CSF": 0.80, "grey matter": 0.86, "white matter": 0.89}
 
 
@@ -33,6 +36,13 @@ class Sample:
         method: "ditto" evaluates a personal model, too.
         absent: Sites that miss a round, with code and sentence: {(round, alias): (code, sentence)}.
         verdict: "ok", "failed" (quorum), or "" for a run that was cut after its last round.
+        again: How often a site is asked again in a round: {(round, alias): repetitions}.
+        joined: Rounds in which a site joins: {round: alias}.
+        late: Answers that come too late, told in the next round: {(round, alias)}.
+        interrupted: Attempts that end in a round, "killed" in its middle or "failed" for want of a quorum; each is
+            followed by another attempt, which continues after the round before.
+        refused: Rounds whose checkpoint cannot be read: the next attempt continues one round earlier.
+        restarts: Processes that are started again: {round: (name, site, why)}.
     """
 
     method: str = "ditto"
@@ -43,6 +53,12 @@ class Sample:
     absent: dict[tuple[int, str], tuple[str, str]] | None = None
     verdict: str = "ok"
     stop_after: int | None = None
+    again: dict[tuple[int, str], int] = field(default_factory=dict)
+    joined: dict[int, str] = field(default_factory=dict)
+    late: frozenset[tuple[int, str]] = frozenset()
+    interrupted: tuple[tuple[int, str], ...] = ()
+    refused: frozenset[int] = frozenset()
+    restarts: dict[int, tuple[str, str, str]] = field(default_factory=dict)
 
     def write(self, folder: Path) -> Path:
         """Write the folder and return it."""
@@ -55,8 +71,10 @@ class _Maker:
     def __init__(self, sample: Sample, folder: Path) -> None:
         self.sample, self.folder = sample, folder
         self.random = random.Random(f"sample/{sample.seed}")
-        self.now = START
-        self.carried = {alias: [3_954, 13_748, 21] for alias in sample.sites}
+        self.now = self.began = START
+        self.attempt = 0
+        self.entries = 0
+        self.carried: dict[str, list[int]] = {}
         self.lines: dict[str, list[str]] = {}
         self.training = {alias: 6 - index % 3 for index, alias in enumerate(sample.sites)}
         self.shift = {alias: 0.035 * (index % 3) for index, alias in enumerate(sample.sites)}
@@ -82,9 +100,15 @@ class _Maker:
     def make(self) -> None:
         sample = self.sample
         self._config()
-        self._start()
+        first = 1
+        for broken, how in sample.interrupted:
+            self._start(first - 1)
+            for number in range(first, broken):
+                self._round(number, closing=False)
+            first = self._break(broken, how)
+        self._start(first - 1)
         last = sample.stop_after or sample.rounds
-        for number in range(1, last + 1):
+        for number in range(first, last + 1):
             self._round(number, closing=False)
             if sample.verdict == "failed" and number == last:
                 break
@@ -123,8 +147,28 @@ class _Maker:
         }
         (self.folder / "config.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
 
-    def _start(self) -> None:
+    def _break(self, number: int, how: str) -> int:
+        """End an attempt in a round, and return the round with which the next one begins."""
         sample = self.sample
+        if how == "killed":
+            self.server("round.start", round=number, sites=list(sample.sites), closing=False)
+            self._ask(number)
+            self._answer(sample.sites[0], number, self.now, closing=False)
+            self.now += 3_600.0
+        else:
+            self._round(number, closing=False, only=sample.sites[:1])
+            trouble = {"code": "quorum", "message": f"Round {number}: 1 sites contributed, 3 are needed."}
+            took = round(self.now - self.began, 3)
+            self.server("run.end", verdict="failed", seconds=took - 9, rounds=number - 1, **trouble)
+            self.trial("trial.end", verdict="failed", seconds=took, **trouble)
+            self.now += 600.0
+        self.attempt += 1
+        return number - 1 if number - 1 in sample.refused else number
+
+    def _start(self, resumed: int) -> None:
+        sample = self.sample
+        self.began = self.now
+        self.carried = {alias: [3_954, 13_748, 21] for alias in sample.sites}
         for phase in ("data", "check"):
             self.trial("trial.phase", phase=phase)
             self.now += 0.4
@@ -157,64 +201,97 @@ class _Maker:
                 "site.ready", site=alias, cases=cases, device="cpu", software="0.1.0", check={"errors": 0}
             )
             self.worker(alias, "phase", round=0, phase="idle")
+        if self.attempt and resumed + 1 in sample.refused:
+            sentence = f"The checkpoint of round {resumed + 1} is not whole."
+            self.server("checkpoint.refused", round=resumed + 1, code="payload", message=sentence)
+        if self.attempt and resumed:
+            self.server("run.resume", round=resumed, attempt=self.attempt)
 
-    def _round(self, number: int, *, closing: bool) -> None:
+    def _round(self, number: int, *, closing: bool, only: tuple[str, ...] = ()) -> None:
         sample, began = self.sample, self.now
+        if number in sample.joined:
+            alias = sample.joined[number]
+            self.server("site.joined", site=alias, round=number, cases=self.training[alias])
         self.server("round.start", round=number, sites=list(sample.sites), closing=closing)
-        header = 9_873
+        asked = self._ask(number)
+        if number in sample.restarts and not self.attempt:
+            name, alias, why = sample.restarts[number]
+            self.trial("process.exit", name=name, site=alias, code=-9, expected=False)
+            self.trial("process.restart", name=name, site=alias, why=why, attempt=1, seconds=1.0)
+            self.trial("process.start", name=name, site=alias, pid=5_000 + number)
+            self.trial("process.ready", name=name, site=alias, seconds=1.4)
+        absent = dict(sample.absent or {})
+        if only:
+            gone = {alias for alias in sample.sites if alias not in only}
+            absent |= {(number, alias): ("transport", f"{alias}: could not be reached.") for alias in gone}
+        replied: dict[str, int] = {}
+        locals_: dict[str, float] = {}
+        losses: dict[str, float] = {}
+        missing = []
         for alias in sample.sites:
-            self.now += 0.01
-            self.server("site.asked", site=alias, round=number)
-            kinds = {"header": header, "config": 902, "model": MODEL_BYTES}
-            self._bytes(alias, number, "down", kinds)
-        asked, replied, locals_, losses, missing = self.now, {}, {}, {}, []
-        for index, alias in enumerate(sample.sites):
-            reason = (sample.absent or {}).get((number, alias))
+            if (number - 1, alias) in sample.late:
+                self.server("site.late", site=alias, round=number - 1, seconds=61.5)
+            reason = absent.get((number, alias))
             if reason:
                 self.server("site.failed", site=alias, round=number, code=reason[0], message=reason[1])
                 missing.append(alias)
                 continue
-            phases = self._phases(alias, closing)
-            local = sum(phases.values())
-            self.now = asked + local + 0.2 + 0.05 * index
-            self._steps(alias, number, asked, phases, closing)
-            loss = (
-                0.28 + 1.1 * math.exp(-number / 2.6) + 0.6 * self.shift[alias] + 0.02 * self.random.random()
-            )
-            losses[alias], locals_[alias], replied[alias] = loss, local, self.training[alias]
-            kinds = {"header": header + 96, "metrics": 412} | ({} if closing else {"model": MODEL_BYTES})
-            self._bytes(alias, number, "up", kinds)
-            reply = {} if closing else {"loss": round(loss, 6)}
-            self.server(
-                "site.reply", site=alias, round=number, seconds=round(self.now - asked, 4), local=round(local, 4),
-                phases=phases, relay={"cpu_s": 0.031, "peak_mb": 57.4}, cases=self.training[alias], **reply,
-            )  # fmt: skip
-            self._figures(alias, number - 1, "validation", hd95=closing)
-            if closing:
-                self._figures(alias, number - 1, "test", hd95=True)
-                if "personal" in self.models:
-                    self.worker(
-                        alias,
-                        "model.saved",
-                        name=f"personal-{alias}.safetensors",
-                        bytes=MODEL_BYTES + 9_000,
-                        round=number - 1,
-                    )
-                self.worker(alias, "slices.saved", round=number - 1, count=4)
+            locals_[alias], losses[alias] = self._answer(alias, number, asked, closing=closing)
+            replied[alias] = self.training[alias]
         self.now = asked + max(locals_.values(), default=1.0) + 0.45 + 0.25 * self.random.random()
         took, slowest = self.now - began, max(locals_.values(), default=0.0)
         total = sum(replied.values())
-        ending = (
-            {}
-            if closing or not total
-            else {"loss": round(sum(losses[a] * n for a, n in replied.items()) / total, 6)}
-        )
+        mean = sum(losses[a] * n for a, n in replied.items()) / max(total, 1)
+        ending = {} if closing or not total else {"loss": round(mean, 6)}
         self.server(
             "round.end", round=number, seconds=round(took, 4), slowest=round(slowest, 4), overhead=round(took - slowest, 4),
             sites=list(replied), missing=missing, cases=replied, closing=closing, **ending,
         )  # fmt: skip
-        if not closing:
+        lost = bool(only) or (sample.verdict == "failed" and number == sample.stop_after)
+        if not closing and not lost:
             self.server("checkpoint", round=number, seconds=0.02, bytes=MODEL_BYTES + 12_000)
+
+    def _ask(self, number: int) -> float:
+        """Ask every site, some of them again, and return when they had been asked."""
+        for alias in self.sample.sites:
+            for attempt in range(self.sample.again.get((number, alias), 0) + 1):
+                if attempt:
+                    self.now += 0.5
+                    sentence = f"{alias}: its SuperNode did not take the message."
+                    self.server(
+                        "site.retry", site=alias, round=number, code="transport", message=sentence, attempt=attempt,
+                        seconds=0.5,
+                    )  # fmt: skip
+                self.now += 0.01
+                self.server("site.asked", site=alias, round=number)
+                self._bytes(alias, number, "down", {"header": HEADER, "config": 902, "model": MODEL_BYTES})
+        return self.now
+
+    def _answer(self, alias: str, number: int, asked: float, *, closing: bool) -> tuple[float, float]:
+        """Let a site answer, and return its seconds and its loss."""
+        phases = self._phases(alias, closing)
+        local = sum(phases.values())
+        self.now = asked + local + 0.2 + 0.05 * self.sample.sites.index(alias)
+        self._steps(alias, number, asked, phases, closing)
+        loss = 0.28 + 1.1 * math.exp(-number / 2.6) + 0.6 * self.shift[alias] + 0.02 * self.random.random()
+        kinds = {"header": HEADER + 96, "metrics": 412} | ({} if closing else {"model": MODEL_BYTES})
+        self._bytes(alias, number, "up", kinds)
+        self.entries += 7
+        head = hashlib.sha256(f"{alias}/{self.entries}".encode()).hexdigest()
+        reply = {} if closing else {"loss": round(loss, 6)}
+        self.server(
+            "site.reply", site=alias, round=number, seconds=round(self.now - asked, 4), local=round(local, 4),
+            phases=phases, relay={"cpu_s": 0.031, "peak_mb": 57.4}, cases=self.training[alias],
+            ledger=f"{self.entries}:{head}", **reply,
+        )  # fmt: skip
+        self._figures(alias, number - 1, "validation", hd95=closing)
+        if closing:
+            self._figures(alias, number - 1, "test", hd95=True)
+            if "personal" in self.models:
+                name = f"personal-{alias}.safetensors"
+                self.worker(alias, "model.saved", name=name, bytes=MODEL_BYTES + 9_000, round=number - 1)
+            self.worker(alias, "slices.saved", round=number - 1, count=4)
+        return local, loss
 
     def _phases(self, alias: str, closing: bool) -> dict[str, float]:
         speed = 1.0 + 0.25 * self.sample.sites.index(alias) + 0.1 * self.random.random()
@@ -294,18 +371,28 @@ class _Maker:
             self.server(
                 "model.saved", name="global.safetensors", bytes=MODEL_BYTES + 8_000, round=sample.rounds
             )
-        seconds = round(self.now - START, 3)
+        seconds = round(self.now - self.began, 3)
         self.server("run.end", verdict=sample.verdict, seconds=seconds - 9, rounds=done, **trouble)
         self.trial("trial.phase", phase="stop")
         for name in peaks:
             self.trial("process.exit", name=name, code=0, expected=True)
         self.now += 2.4
-        self.trial("trial.end", verdict=sample.verdict, seconds=round(self.now - START, 3), **trouble)
+        self.trial("trial.end", verdict=sample.verdict, seconds=round(self.now - self.began, 3), **trouble)
+
+
+def eventful() -> Sample:
+    """Return a sample in which much goes wrong, and which ends well: sites missing, asked again, late, a kill."""
+    gone = ("worker", "hospital-2: the worker is not there; start it at the hospital.")
+    slow = ("deadline", "hospital-3: did not answer within the round's deadline of 60 s.")
+    return Sample(
+        rounds=12, absent={**{(number, "hospital-2"): gone for number in (2, 3, 4)}, (9, "hospital-3"): slow},
+        again={(2, "hospital-2"): 3, (7, "hospital-1"): 1}, joined={5: "hospital-2"}, late=frozenset({(9, "hospital-3")}),
+        interrupted=((6, "killed"), (8, "failed")), refused=frozenset({5}),
+        restarts={3: ("worker-hospital-2", "hospital-2", "exited")},
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
     from ops.report import write_report
 
-    late = ("worker", "hospital-2: the worker is not there; start it at the hospital.")
-    out = Sample(absent={(5, "hospital-2"): late}).write(Path(sys.argv[1]))
-    print(write_report(out))
+    print(write_report(eventful().write(Path(sys.argv[1]))))

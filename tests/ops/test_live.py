@@ -6,8 +6,10 @@ from rich.console import Console
 
 from common.events import EVENT_SCHEMA, EventLog
 from ops.live import LiveView, panel
-from ops.story_reader import read_story
-from tests.ops.sample_events import START, Sample
+from ops.story import Story
+from ops.story_events import add
+from ops.story_reader import RunReader, read_story
+from tests.ops.sample_events import START, Sample, eventful
 
 
 def plain(width=200):
@@ -162,3 +164,100 @@ def test_a_folder_that_fills_later_is_followed(tmp_path):
         view.refresh()
         assert view.story.ended
     assert "trial completed in" in file.getvalue()
+
+
+def event(name, /, process="server", **fields):
+    return {"v": EVENT_SCHEMA, "t": START, "process": process, "event": name, **fields}
+
+
+def told(*events):
+    story = Story()
+    for one in events:
+        add(story, one)
+    return story
+
+
+def logged(folder):
+    console, file = plain(250)
+    with LiveView(folder, console):
+        pass
+    return file.getvalue()
+
+
+def test_the_panel_tells_of_retries_restarts_and_late_answers():
+    story = told(
+        event("trial.start", process="trial", sites=["a", "b"], rounds=3),
+        event("process.start", process="trial", name="worker-a", site="a"),
+        event("process.ready", process="trial", name="worker-a", site="a", seconds=1.0),
+        event("run.start", rounds=3),
+        event("run.resume", round=1, attempt=1),
+        event("round.start", round=2, sites=["a", "b"]),
+        event("site.asked", site="a", round=2),
+        event("site.retry", site="a", round=2, code="transport", message="a: not there.", attempt=1),
+        event("site.retry", site="a", round=2, code="transport", message="a: not there.", attempt=2),
+        event("site.asked", site="a", round=2),
+    )
+    assert "not reached, asked again (2)" in shown(story, START + 1)
+    assert "continued after round 1" in shown(story, START + 1)
+    add(story, event("process.exit", process="trial", name="worker-a", site="a", code=-9, expected=False))
+    assert "worker-a ended" in shown(story, START + 1)
+    add(story, event("process.restart", process="trial", name="worker-a", site="a", why="exited", attempt=2))
+    add(story, event("process.start", process="trial", name="worker-a", site="a"))
+    text = shown(story, START + 1)
+    assert "worker-a is started again (exited, attempt 2)" in text
+    assert "ended by itself" not in text
+    assert "0 of 1 process ready, 1 started again" in text
+    assert "is started again" not in shown(story, START + 120)
+    add(story, event("site.reply", site="a", round=2, cases=3))
+    add(story, event("round.start", round=3, sites=["a", "b"]))
+    add(story, event("site.asked", site="b", round=3))
+    add(story, event("site.late", site="b", round=2, seconds=70.0))
+    assert "its answer to round 2 came too late" in shown(story, START + 120)
+
+
+def test_a_log_tells_every_attempt_in_its_place(tmp_path):
+    text = logged(eventful().write(tmp_path / "run"))
+    said = [
+        "hospital-2 not reached, asked again (1): its SuperNode did not take the message.",
+        "hospital-2 not reached, asked again (3)",
+        "worker-hospital-2 ended by itself (exit code -9)",
+        "worker-hospital-2 is started again (exited, attempt 1)",
+        "hospital-2 takes part from round 5 with 5 cases",
+        "round 5/12 in",
+        "the checkpoint of round 5 is refused (payload): The checkpoint of round 5 is not whole.",
+        "the run is continued after round 4",
+        "run failed (quorum): Round 8",
+        "trial failed (quorum): Round 8",
+        "the run is continued after round 7",
+        "hospital-3 answered round 9 too late; the answer is refused",
+        "run completed in",
+        "trial completed in",
+    ]
+    places = [text.find(line) for line in said]
+    assert -1 not in places, said[places.index(-1)]
+    assert places == sorted(places)
+    assert text.count("round 5/12 in") == 2
+
+
+def test_a_live_view_follows_from_one_attempt_into_the_next(tmp_path):
+    twice = Sample(rounds=4, interrupted=((3, "failed"),)).write(tmp_path / "twice")
+    folder = tmp_path / "grows"
+    folder.mkdir()
+    reader, verdicts = RunReader(folder), []
+    lines = [
+        (path.name, line)
+        for path in twice.glob("events*.jsonl")
+        for line in path.read_text().splitlines(True)
+    ]
+    for name, line in sorted(lines, key=lambda pair: (json.loads(pair[1])["t"], pair[0] != "events.jsonl")):
+        with (folder / name).open("a") as file:
+            file.write(line)
+        reader.poll()
+        verdict = reader.story.verdict
+        state = None if verdict is None else verdict.ok
+        if not verdicts or verdicts[-1] != state:
+            verdicts.append(state)
+    assert verdicts == [None, False, None, True]
+    full = read_story(twice)
+    assert reader.story.rounds == full.rounds
+    assert reader.story.sites == full.sites

@@ -15,7 +15,8 @@ from ops import words
 from ops.plots import COLOURS, site_colour, site_mark, traffic
 from ops.report import render, write_report
 from ops.report_cli import report, watch
-from ops.report_view import cards, participation, result_tables
+from ops.report_faults import participation
+from ops.report_view import cards, result_tables
 from ops.report_view import traffic as traffic_table
 from ops.story import Story
 from ops.story_events import add
@@ -92,7 +93,7 @@ def test_the_page_says_what_the_run_was(run, html):
             for name in ("dice", "iou", "hd95", "dice/CSF", "hd95/white matter"):
                 assert words.figure(name, figures[name]) in page.text
     assert f">{words.count(story.total('up', wire=True))}<" in html
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 5  # with the strip: a site was missing
 
 
 def test_the_page_needs_nothing_but_itself(html):
@@ -157,6 +158,11 @@ def test_hostile_text_stays_text(tmp_path):
         {"event": "model.saved", "name": EVIL, "bytes": 3},
         {"event": "slices.saved", "site": "../../outside", "count": 3},
         {"event": "memory", "name": EVIL, "peak": 3.0},
+        {"event": "site.retry", "site": EVIL, "round": 1, "code": EVIL, "message": EVIL, "attempt": 1},
+        {"event": "site.late", "site": EVIL, "round": 1, "seconds": EVIL},
+        {"event": "site.joined", "site": EVIL, "round": 1, "cases": EVIL},
+        {"event": "process.restart", "name": EVIL, "site": EVIL, "why": EVIL, "attempt": EVIL},
+        {"event": "checkpoint.refused", "round": 1, "code": EVIL, "message": EVIL},
         {"event": "run.end", "verdict": "failed", "code": EVIL, "message": EVIL},
         {"event": "trial.end", "verdict": "failed", "code": EVIL, "message": EVIL},
     ]  # fmt: skip
@@ -242,7 +248,8 @@ def test_closing_tables_end_with_the_verdict_and_what_to_do(tmp_path, run):
     bad = closing(Sample(rounds=4, absent=absent, verdict="failed", stop_after=2).write(tmp_path / "bad"))
     assert "Failed (quorum): Round 2: 1 sites contributed, 3 are needed." in bad
     assert "What to do: " + words.advice("quorum")[:40] in bad
-    assert bad.rstrip().splitlines()[-1].startswith("What to do")
+    last = bad.rstrip().splitlines()[-1]
+    assert last == f"Then continue: wardround resume {tmp_path / 'bad'} (continues after round 1)"
 
     early = tmp_path / "early"
     early.mkdir()

@@ -9,6 +9,15 @@ from common.errors import ConfigError
 from common.events import EVENT_SCHEMA, EVENTS, EventLog
 from ops.events_doc import PAGE, render
 from ops.live import line_of, panel
+from ops.report_faults import (
+    absences,
+    interruptions,
+    missed,
+    participation,
+    repetitions,
+    round_times,
+    witnesses,
+)
 from ops.story import Story
 from ops.story_events import add
 from ops.story_reader import RunReader, Tail, cleaned, read_story
@@ -261,6 +270,10 @@ def test_a_field_of_any_type_breaks_neither_story_nor_live_view(data, names):
         add(story, strange)
         line_of(strange, story)
     panel(story, START + 5)
+    for table in (participation, round_times, absences, repetitions, interruptions, witnesses):
+        columns = len(table(story).head)
+        assert all(len(row) == columns for row in table(story).rows)
+    missed(story)
     assert story.events == len(names)
 
 
