@@ -22,7 +22,7 @@ import grpc
 
 from client.transport import TransportCounter, TransportInterceptor
 from common import flower_fast
-from common.errors import CredentialError, ProcessError, WardroundError
+from common.errors import VERDICT, CredentialError, ProcessError, WardroundError
 from common.events import EventLog
 
 TICK_SECONDS = 1.0
@@ -80,11 +80,22 @@ class Admission(grpc.UnaryUnaryClientInterceptor):  # type: ignore[misc]
         if code == grpc.StatusCode.UNAVAILABLE:
             if "handshake" not in text.lower():
                 return None  # not there yet: Flower asks again by itself
+            if "not yet valid" in text.lower() or "has expired" in text.lower():
+                return CredentialError(
+                    f"{self._who}: the coordinator's certificate is not valid at the time of this machine's clock. Set the "
+                    "clock; if it is right, ask the coordinator for a new certificate.",
+                    detail=text,
+                )
             return CredentialError(
                 f"{self._who}: the coordinator's certificate was not signed by the authority given here, or is for "
                 "another name. Ask the coordinator for its authority's certificate and its host name.",
                 detail=text,
             )
+        if code == grpc.StatusCode.UNAUTHENTICATED and "timestamp" in text.lower():
+            return CredentialError(
+                f"{self._who}: the coordinator refuses the time in the signature. This machine's clock is off by minutes or "
+                "more: set it.", detail=text,
+            )  # fmt: skip
         if code == grpc.StatusCode.UNAUTHENTICATED:
             return CredentialError(
                 f"{self._who}: the coordinator refuses the signature. Set this machine's clock, and check that the "
@@ -166,11 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.argv = ["flower-supernode", *flowers]
     try:
         flower_supernode()
-    except (RuntimeError, grpc.RpcError):  # Flower logs why and falls over its own generator
+    except (RuntimeError, grpc.RpcError, SystemExit):  # Flower logs why, or does not, and falls over its own generator
         if admission.refusal is None:
             raise
     if admission.refusal is not None:
-        _say(f"{admission.refusal} {admission.refusal.detail}")
+        _say(f"detail: {admission.refusal.detail}")
+        print(f"{VERDICT}{admission.refusal}", file=sys.stderr, flush=True)  # noqa: T201 what a supervisor may quote
         sys.exit(admission.refusal.exit_code)
 
 

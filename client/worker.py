@@ -29,7 +29,7 @@ import common
 from client.site import Site
 from client.site_config import SiteConfig, read_site_config
 from common.config import RunConfig  # noqa: F401  imported early so that the first message does not pay for it
-from common.errors import CancelledError, ConfigError, WardroundError, WorkerError, safe_sentence
+from common.errors import VERDICT, CancelledError, ConfigError, WardroundError, WorkerError, safe_sentence
 from common.events import EventLog
 from common.frames import Parts, from_frames, to_frames
 from common.proto import wardround_pb2 as pb
@@ -244,6 +244,7 @@ def main(argv: list[str] | None = None) -> int:
         server, checks = make_server(service, configs[0].socket)
     except WardroundError as error:
         log.error("%s%s", error, f" [{error.detail}]" if error.detail else "")
+        print(f"{VERDICT}{error}", file=sys.stderr, flush=True)  # noqa: T201 what a supervisor may quote
         return error.exit_code
     log.info("worker of %s ready on %s", ", ".join(service.sites), next(iter(service.sites.values())).device)
     stop.wait()

@@ -27,6 +27,10 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 
+VERDICT = "wardround: "
+"""Begins the last line of a process that ends by an error of its own: the safe sentence, for whoever supervises it."""
+
+
 class WardroundError(Exception):
     """Base of all errors that wardround raises on purpose.
 

@@ -71,6 +71,7 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
             "rounds": "completed",
             "code": "error code",
             "message": "safe sentence",
+            "flower_run": "Flower's id of the attempt",
         },
     ),
     "site.ready": (

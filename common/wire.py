@@ -232,7 +232,6 @@ def _tensor(item: pb.TensorHead, blob: bytes, offset: int, payload: str) -> torc
     return torch.frombuffer(data, dtype=dtype).reshape(tuple(item.shape))
 
 
-
 def _set_scalar(target: pb.Scalar, value: Scalar) -> None:
     if isinstance(value, bool):
         target.flag = value

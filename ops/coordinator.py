@@ -150,8 +150,8 @@ class Coordinator:
         for event in self._tail.poll():
             if event.get("event") == "checkpoint":
                 self._failures = 0  # a round was completed: what went wrong before is overcome
-            elif event.get("event") == "run.end":
-                self._end = event
+            elif event.get("event") == "run.end" and event.get("flower_run") == str(self._run):
+                self._end = event  # not the last word of an attempt that was killed
 
     def _judge(self, end: dict[str, object], now: float) -> dict[str, object] | None:
         """Return a verdict that stands; one that a broken SuperLink may have caused gets another try."""

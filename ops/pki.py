@@ -31,7 +31,7 @@ VALID_DAYS = 30
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 ALIAS = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
-_SKEW = datetime.timedelta(minutes=5)  # a site's clock may be a little behind
+_SKEW = datetime.timedelta(days=1)  # a site whose clock is behind shall be told so by Flower, not by TLS
 _NIST_CURVES = (ec.SECP192R1, ec.SECP224R1, ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 _USAGES = (
     *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from common.errors import ConfigError, CredentialError, LedgerError, ProcessError
+from common.errors import VERDICT, ConfigError, CredentialError, LedgerError, ProcessError
 from common.events import EventLog
 from ops.processes import Process, ProcessGroup, explain
 
@@ -143,11 +143,12 @@ class Supervisor:
         limit = HOPELESS_LIMIT if code in HOPELESS else LIMIT
         if charge.attempts > limit:
             ended = f"ended {explain(code)}" if code is not None else "gave no sign of life"
+            tail = charge.process.tail()
+            said = spoken(tail)
             charge.given_up = (
                 f"Process '{charge.process.name}' {ended} and was started again {charge.attempts - 1} times in a row "
-                "without lasting; its log says why."
+                f"without lasting{f'. It said: {said}' if said else '; its log says why.'}"
             )
-            tail = charge.process.tail()
             if charge.process.pid and not charge.process.collected:
                 self._group.stop(charge.process.name, seconds=0.0)
             self._on_give_up(charge, ProcessError(charge.given_up, detail=tail, site=charge.process.site))
@@ -172,3 +173,9 @@ class Supervisor:
 def wait_before(attempt: int) -> float:
     """Return the seconds before a restart: the first at once, then doubling up to a limit."""
     return 0.0 if attempt <= 1 else min(FIRST_WAIT * 2.0 ** (attempt - 2), LONGEST_WAIT)
+
+
+def spoken(tail: str) -> str:
+    """Return the sentence with which a process of ours explained its end, empty if it gave none."""
+    lines = [line for line in tail.splitlines() if line.startswith(VERDICT)]
+    return lines[-1].removeprefix(VERDICT) if lines else ""

@@ -6,6 +6,7 @@ configuration, which travels to the sites. `flwr run . --run-config 'wardround="
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 import common
 from common import flower_fast
 from common.config import RunConfig
-from common.errors import WardroundError, safe_sentence
+from common.errors import ProcessError, WardroundError, safe_sentence
 from common.events import EventLog
 from server.checkpoint import Checkpoints
 from server.link import FlowerLink
@@ -28,11 +29,37 @@ from server.strategy import MethodStrategy
 
 log = logging.getLogger("wardround.server")
 app = ServerApp()
+ALONE_SECONDS = 60.0
 
 
 def run_folder(run: str) -> Path:
     """Return this run's folder: the coordinator's environment decides, else `runs/RUN` under the working folder."""
     return Path(os.environ.get("WARDROUND_RUN_DIR") or Path("runs") / run)
+
+
+def alone(folder: Path) -> int:
+    """Wait until no other ServerApp works on a run folder, and keep others away; returns the handle that does.
+
+    One whose launcher was killed lives on for a second or two; it must not write beside its successor.
+
+    Raises:
+        ProcessError: Another one is still at work after a while.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / ".serverapp.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    limit = time.monotonic() + ALONE_SECONDS
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if time.monotonic() > limit:
+                os.close(handle)
+                raise ProcessError(
+                    f"Another ServerApp has worked on this run folder for {ALONE_SECONDS:.0f} s. End it, then resume the run."
+                ) from error
+            time.sleep(0.1)
+        else:
+            return handle
 
 
 def read_config(context: Context, folder: Path) -> RunConfig:
@@ -60,7 +87,10 @@ def main(grid: Grid, context: Context) -> None:
     events = EventLog(folder / "events.jsonl", "server", run=run)
     started = time.monotonic()
     strategy: MethodStrategy | None = None
+    flower_run = str(context.run_id)
+    lock = -1
     try:
+        lock = alone(folder)
         config = read_config(context, folder)
         strategy = MethodStrategy(config=config, run=run, folder=folder, events=events)
         size = sum(tensor.numel() * tensor.itemsize for tensor in strategy.initial.values())
@@ -85,6 +115,7 @@ def main(grid: Grid, context: Context) -> None:
             rounds=_done(strategy),
             code=code,
             message=message,
+            flower_run=flower_run,
         )
         if isinstance(error, WardroundError):
             log.error("%s %s", error, error.detail)
@@ -92,7 +123,11 @@ def main(grid: Grid, context: Context) -> None:
     finally:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         events.emit("memory", name="serverapp", rss=peak, peak=peak)
-    events.emit("run.end", verdict="ok", seconds=time.monotonic() - started, rounds=_done(strategy))
+        if lock >= 0:
+            os.close(lock)
+    events.emit(
+        "run.end", verdict="ok", seconds=time.monotonic() - started, rounds=_done(strategy), flower_run=flower_run
+    )
 
 
 def _done(strategy: MethodStrategy | None) -> int:
