@@ -265,7 +265,7 @@ class Site:
 
     def _accept(self, envelope: Envelope, session: Session) -> None:
         """Check what came down before anything is done with it."""
-        if envelope.round < 1:
+        if not 1 <= envelope.round <= session.config.rounds.rounds + 1:
             raise PayloadError(f"{self.alias}: round {envelope.round} is no round.", site=self.alias)
         specs = session.method.server.downlink
         self.border.accept(envelope.payloads, specs, session.template, session.config.guard)

@@ -146,8 +146,8 @@ def safe_sentence(error: BaseException) -> tuple[str, str]:
 
     A foreign exception gives its class name alone: its text may carry paths or identifiers.
     """
-    if isinstance(error, WardroundError):
-        return error.code, error.message
+    if isinstance(error, WardroundError):  # what the other end wrote may hold what no text can (a lone surrogate)
+        return error.code, error.message.encode(errors="backslashreplace").decode()
     return "internal", f"unexpected {type(error).__name__}; the full text is in the site's own worker log"
 
 

@@ -126,7 +126,11 @@ def main(grid: Grid, context: Context) -> None:
         if lock >= 0:
             os.close(lock)
     events.emit(
-        "run.end", verdict="ok", seconds=time.monotonic() - started, rounds=_done(strategy), flower_run=flower_run
+        "run.end",
+        verdict="ok",
+        seconds=time.monotonic() - started,
+        rounds=_done(strategy),
+        flower_run=flower_run,
     )
 
 

@@ -8,7 +8,6 @@ with a code, and the round goes on if the quorum holds; the state changes only w
 from __future__ import annotations
 
 import random
-import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,15 +22,12 @@ from common.payload import State, Tensors, check_payloads
 from common.proto.wardround_pb2 import Phase
 from common.tasks import divide
 from common.wire import CLOSING, ROUND, Envelope, MetricSet, bytes_by_kind, decode, encode
+from server.answers import check_figures, check_sender, named, told
 from server.checkpoint import Checkpoints
 from server.cycle import TRANSPORT, Cycle, LateTickets
 from server.fold import OrderedFold
 from server.link import Answer, Link
 from server.roster import Roster, RosterCall, needed_sites
-
-# Names of figures and phases go into events and report: class names have spaces and accents, nothing has markup.
-WORD = re.compile(r"[\w .,+/()-]{1,80}")
-LEDGER = re.compile(r"(\d{1,15}:[0-9a-f]{64})?")
 
 
 @dataclass
@@ -269,11 +265,11 @@ class RoundLoop:
                 return TRANSPORT, f"{site}: {answer.error}."
             envelope = decode(answer.parts)
             if envelope.failure:
-                code, sentence = envelope.failure
-                return code[:40], sentence[:500]
+                return told(envelope.failure, site)
             norm = self._check(envelope, number, phase, site)
         except WardroundError as error:
-            return safe_sentence(error)
+            code, sentence = safe_sentence(error)
+            return code, named(sentence, site)
         self._count_bytes(number, site, "up", answer.parts)
         log.cases[site] = envelope.cases
         log.metrics[site] = envelope.metrics
@@ -293,20 +289,8 @@ class RoundLoop:
         return None
 
     def _check(self, envelope: Envelope, number: int, phase: Phase, site: str) -> float:
-        if (envelope.site, envelope.run, envelope.round, envelope.phase) != (site, self.run, number, phase):
-            raise PayloadError(
-                f"{site}: answered as '{envelope.site[:64]}' for round {envelope.round}, asked was round {number}; the answer is refused.",
-                site=site,
-            )
-        words = [
-            word for item in envelope.metrics for word in (item.split, item.model, item.primary, *item.sums)
-        ]
-        if not all(WORD.fullmatch(word) for word in (*words, *envelope.seconds)) or not LEDGER.fullmatch(
-            envelope.ledger
-        ):
-            raise PayloadError(
-                f"{site}: a name among its figures is no plain word; the answer is refused.", site=site
-            )
+        check_sender(envelope, self.run, number, phase, site)
+        check_figures(envelope, number, site)
         declared = self.roster.cases.get(site, envelope.cases)
         if envelope.cases > declared:
             raise PayloadError(

@@ -25,6 +25,7 @@ from common.federation import is_alias
 from common.site_summary import SiteSummary, require_fit
 from common.versions import require_same
 from common.wire import HELLO, Envelope, decode, encode
+from server.answers import check_figures, device_of, named, told
 from server.link import Answer, Link
 
 SETTLE_SECONDS = 3.0  # without an expected list: how long after the last new site the roster closes
@@ -176,11 +177,11 @@ class RosterCall:
         try:
             envelope = decode(answer.parts)
             if envelope.failure:  # first of all: a relay that cannot reach its worker may not know its alias
-                code, message = envelope.failure
                 known = envelope.site in self.config.sites or (
                     not self.config.sites and is_alias(envelope.site)
                 )
-                self._refuse(envelope.site if known else alias, node, code[:40], message[:500])
+                name = envelope.site if known else alias
+                self._refuse(name, node, *told(envelope.failure, ""))
                 return
             claimed = self._alias(envelope, alias)
             if self.roster.nodes.get(claimed, node) != node:
@@ -191,13 +192,14 @@ class RosterCall:
             alias = claimed
             summary = self._fit(alias, envelope)
         except WardroundError as error:
-            self._refuse(alias, node, *safe_sentence(error))
+            code, sentence = safe_sentence(error)
+            self._refuse(alias, node, code, named(sentence, alias))
             return
         self.roster.nodes[alias] = node
         self.roster.summaries[alias] = summary
         self.roster.cases[alias] = envelope.cases
         self.events.emit(
-            "site.ready", site=alias, cases=dict(summary.cases), device=envelope.device, software=envelope.software,
+            "site.ready", site=alias, cases=dict(summary.cases), device=device_of(envelope), software=envelope.software,
             check=summary.model_dump(mode="json"),
         )  # fmt: skip
 
@@ -225,11 +227,17 @@ class RosterCall:
                 site=alias,
             )
         require_same(self.versions, envelope.versions, site=alias)
+        check_figures(envelope, 0, alias)
         try:
             summary = SiteSummary.model_validate_json(envelope.summary)
         except ValueError as error:
             raise PayloadError(f"{alias}: its data summary cannot be read.", site=alias) from error
         require_fit(summary, self.config.data)
+        if envelope.cases != summary.cases.get("training", 0):
+            raise PayloadError(
+                f"{alias}: says {envelope.cases} training cases, its summary {summary.cases.get('training', 0)}; it is refused.",
+                site=alias,
+            )
         return summary
 
     def _refuse(self, alias: str, node: int, code: str, message: str) -> None:

@@ -127,10 +127,6 @@ def test_a_malformed_answer_is_refused_by_name_and_counts_as_missing(recorded, i
     assert (sorted(end["sites"]), end["missing"]) == (["alpha", "gamma"], [SPOILT]), name
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="server/loop.py _take: sentences of common/wire.py and of a site's failure name no site",
-)
 def test_every_refusal_names_its_site(recorded):
     unnamed = set()
     for index in range(ANSWERS):

@@ -69,7 +69,6 @@ def assert_refused(recorded, answer):
     assert SPOILT in event["message"]
 
 
-@hole("server/loop.py _check", "figures are not looked at, only their names")
 @pytest.mark.parametrize("change", FIGURES.values(), ids=FIGURES)
 def test_figures_that_cannot_be_are_refused(recorded, change):
     assert_refused(recorded, answered(recorded, metrics=metrics(recorded, change)))
@@ -83,13 +82,11 @@ HEADERS = {
 }
 
 
-@hole("server/loop.py _check", "loss and seconds are not looked at")
 @pytest.mark.parametrize("change", HEADERS.values(), ids=HEADERS)
 def test_numbers_that_cannot_be_are_refused(recorded, change):
     assert_refused(recorded, answered(recorded, change))
 
 
-@hole("server/roster.py _fit", "cases are not held against summary.cases")
 def test_a_first_answer_whose_cases_are_not_those_of_its_summary_is_refused(tmp_path):
     """Its cases are the weight that a site has in the mean, and every later answer is held against them."""
 
@@ -117,25 +114,21 @@ def told(recorded, code, message):
     return event
 
 
-@hole("server/loop.py _take", "any code is passed on")
 @pytest.mark.parametrize("code", ["", "no-such-code", CONTROL, "x" * 5000])
 def test_a_failure_code_that_wardround_does_not_have_becomes_one_that_it_has(recorded, code):
     assert told(recorded, code, "beta: cannot.")["code"] in NAMED
 
 
-@hole("server/loop.py _take", "the sentence is passed on as it came")
 def test_a_failures_text_cannot_steer_a_terminal(recorded):
     assert told(recorded, "data", CONTROL)["message"].isprintable()
 
 
-@hole("server/loop.py _check", "the alias is quoted as it came")
 def test_another_sites_name_in_an_answer_cannot_steer_a_terminal(recorded):
     answer = answered(recorded, lambda header: setattr(header, "site", CONTROL))
     (event,) = failures(recorded.play({SPOILT: answer})[1])
     assert event["message"].isprintable()
 
 
-@hole("server/roster.py _take", "the device is passed on as it came")
 def test_a_devices_name_in_the_first_answer_cannot_steer_a_terminal(tmp_path):
     def paint(alias, round_, parts):
         return edit(parts, lambda header: setattr(header, "device", CONTROL)) if not round_ else parts
@@ -156,7 +149,6 @@ def ask(recorded, parts, alias=SPOILT):
     return decode(service.answer(alias, to_frames(parts), threading.Event()))
 
 
-@hole("client/worker.py failure", "a lone surrogate cannot be encoded")
 def test_a_name_that_is_no_text_is_answered_with_a_failure(recorded):
     parts = recorded.down[SPOILT] | {"config": b'{"method": "\\ud800"}'}
     envelope = ask(recorded, parts)
@@ -235,14 +227,12 @@ def test_a_key_given_twice_in_json_is_refused():
         RunConfig.from_json('{"seed": 1, "seed": 2}')
 
 
-@hole("client/site.py _accept", "only rounds below 1 are refused")
 def test_a_round_beyond_the_runs_last_is_refused_by_the_site(recorded):
     message = edit(recorded.down[SPOILT], lambda header: setattr(header, "round", 2**32 - 1))
     with pytest.raises(WardroundError):
         recorded.link.sites[SPOILT].handle(message, lambda: None)
 
 
-@hole("client/worker.py failure", "a lone surrogate cannot be encoded")
 def test_an_error_in_any_text_can_be_told():
     for text in ("\ud800", CONTROL, "x" * 10**6, "\0"):
         envelope = decode(failure(ConfigError(f"alpha: {text}"), "alpha"))

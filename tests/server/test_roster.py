@@ -128,8 +128,10 @@ def call(tmp_path):
 
 
 def test_the_roster_has_the_order_of_the_run_and_what_each_site_said(call):
+    said = summary("alpha", cases={"training": 9, "validation": 1}).model_dump_json()
+    nine = ready("alpha", cases=9, summary=said)
     roster = call(
-        {1: ready("gamma"), 2: ready("alpha", cases=9), 3: ready("beta")}, ("beta", "alpha", "gamma")
+        {1: ready("gamma"), 2: nine, 3: ready("beta")}, ("beta", "alpha", "gamma")
     )
     assert list(roster.nodes.items()) == [("beta", 3), ("alpha", 2), ("gamma", 1)]
     assert roster.cases == {"alpha": 9, "beta": 4, "gamma": 4}
@@ -138,7 +140,7 @@ def test_the_roster_has_the_order_of_the_run_and_what_each_site_said(call):
     assert call.link.asked == [1, 2, 3]  # each one once
     event = next(event for event in call.events("site.ready") if event["site"] == "alpha")
     assert (event["cases"], event["device"], event["software"]) == (
-        {"training": 4, "validation": 1},
+        {"training": 9, "validation": 1},
         "cpu",
         common.__version__,
     )
@@ -251,11 +253,16 @@ def test_a_site_that_cannot_is_refused_with_its_own_sentence(call, code):
     assert (event["site"], event["code"], event["message"]) == ("beta", code, "beta: the policy says no.")
 
 
-def test_a_failures_code_and_sentence_are_cut(call):
+def test_a_failures_code_is_one_of_ours_and_its_sentence_is_cut(call):
     with pytest.raises(MismatchError) as caught:
         call({1: failing("alpha", "c" * 999, "m" * 9999)}, ("alpha",))
     assert len(str(caught.value)) == 500
-    assert len(call.events("site.refused")[0]["code"]) == 40
+    assert call.events("site.refused")[0]["code"] == "payload"
+
+
+def test_a_site_that_claims_other_cases_than_its_summary_is_refused(call):
+    with pytest.raises(MismatchError, match="says 10 training cases, its summary 4"):
+        call({1: ready("alpha", cases=10)}, ("alpha",))
 
 
 @pytest.mark.parametrize(
