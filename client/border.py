@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from client import policy
 from client.ledger import Ledger, Record
@@ -28,6 +29,7 @@ from common.wire import CLOSING, HELLO, ROUND, Envelope, decode, encode, read_he
 
 PHASES: dict[int, Phase] = {HELLO: "hello", ROUND: "round", CLOSING: "closing"}
 MB = 1_000_000
+CLIP_TRIES = 20
 
 
 class Border:
@@ -104,13 +106,15 @@ class Border:
             PolicyError: The policy keeps it in; nothing leaves.
             StorageError, LedgerError: It cannot be noted; nothing leaves.
         """
-        answer = self._private(answer, received)
         parts = encode(answer)
         try:
+            promised = specs if answer.phase == ROUND else ()
+            check_payloads(answer.payloads, promised, template, who=self.alias)
+            check_size(answer.payloads, guard, who=self.alias)
             if answer.phase == ROUND:
-                check_payloads(answer.payloads, specs, template, who=self.alias)
-                check_size(answer.payloads, guard, who=self.alias)
                 policy.release(self.policy, self.alias, answer.payloads.values(), answer.cases)
+            answer, changed = self._private(answer, received)
+            parts = encode(answer) if changed else parts
             self._limit(answer.run, answer.round, "out", parts)
         except WardroundError as error:
             self._note(answer, "out", parts, refused=error)
@@ -133,8 +137,8 @@ class Border:
         except (StorageError, LedgerError):
             return
 
-    def _private(self, answer: Envelope, received: Payloads) -> Envelope:
-        """Apply the hospital's privacy settings."""
+    def _private(self, answer: Envelope, received: Payloads) -> tuple[Envelope, bool]:
+        """Apply the hospital's privacy settings; returns the answer and whether it was changed."""
         privacy = self.privacy
         metrics = [
             item for item in answer.metrics if privacy.metrics and item.cases >= privacy.metrics_min_cases
@@ -145,7 +149,8 @@ class Border:
                 name: clipped(payload, received.get(name), privacy.clip_norm)
                 for name, payload in payloads.items()
             }
-        return replace(answer, metrics=metrics, payloads=payloads)
+        same = metrics == answer.metrics and payloads is answer.payloads
+        return replace(answer, metrics=metrics, payloads=payloads), not same
 
     def _limit(self, run: str, round_: int, direction: str, parts: Parts) -> None:
         most = self.policy.max_out_mb if direction == "out" else self.policy.max_in_mb
@@ -164,9 +169,11 @@ class Border:
         self, envelope: Envelope, direction: str, parts: Parts, refused: WardroundError | None = None
     ) -> str:
         phase = PHASES.get(envelope.phase, "hello")
-        records = [*_payload_records(read_header(parts), envelope), *_part_records(parts)]
-        if direction == "out":
-            records.append(_figures(envelope, parts))
+        records = [
+            *_payload_records(read_header(parts), envelope),
+            *_part_records(parts),
+            _figures(envelope, parts),
+        ]
         if refused is not None:
             reason = ": ".join(safe_sentence(refused))
             records = [replace(record, decision="refused", reason=reason) for record in records]
@@ -201,14 +208,24 @@ def clipped(payload: Payload, received: Payload | None, most: float) -> Payload:
     if norm <= most:
         return payload
     share = most / norm
-    tensors = {}
-    for name, tensor in payload.tensors.items():
-        if not tensor.is_floating_point():
-            tensors[name] = tensor
-            continue
-        start = base[name].to(torch.float64) if name in base else torch.zeros((), dtype=torch.float64)
-        tensors[name] = (start + (tensor.to(torch.float64) - start) * share).to(tensor.dtype)
-    return replace(payload, tensors=tensors)
+    for number in range(CLIP_TRIES):  # rounding to the model's dtype may lift it above the bound again
+        tensors = {name: _scaled(tensor, base.get(name), share) for name, tensor in payload.tensors.items()}
+        norm = update_norm(tensors, base or None)
+        if norm <= most:
+            return replace(payload, tensors=tensors)
+        share *= min(most / norm, 1.0 - 2.0 ** (number - 26))
+    return replace(
+        payload,
+        tensors={name: _scaled(tensor, base.get(name), 0.0) for name, tensor in payload.tensors.items()},
+    )
+
+
+def _scaled(tensor: Tensor, base: Tensor | None, share: float) -> Tensor:
+    """Return base + share (tensor - base) in the tensor's dtype; tensors that are no floating point stay."""
+    if not tensor.is_floating_point():
+        return tensor
+    start = base.to(torch.float64) if base is not None else torch.zeros((), dtype=torch.float64)
+    return (start + (tensor.to(torch.float64) - start) * share).to(tensor.dtype)
 
 
 def _payload_records(header: Header, envelope: Envelope) -> list[Record]:

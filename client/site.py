@@ -80,19 +80,23 @@ class Site:
         self._check_cancelled: Callable[[], None] = lambda: None
         self._last_progress = ("", 0.0)
 
-    def handle(self, parts: Parts, check_cancelled: Callable[[], None]) -> Parts:
+    def handle(self, parts: Parts, check_cancelled: Callable[[], None], *, consume: bool = False) -> Parts:
         """Answer one message.
 
         Args:
             parts: The message.
             check_cancelled: Raises CancelledError when nobody waits for the answer any more.
+            consume: Empty `parts` once they are decoded: a large model is then here once.
 
         Raises:
             WardroundError: Whatever keeps the site from its part; the caller turns it into a failure answer.
         """
         started = time.perf_counter()
         self._check_cancelled = check_cancelled
+        self._asked = ("", 0, HELLO)  # until it is known: a message that cannot be read belongs to no run
         envelope = self.border.receive(parts)
+        if consume:
+            parts.clear()
         self._asked = (envelope.run, envelope.round, envelope.phase)
         if envelope.software != common.__version__:
             raise MismatchError(

@@ -177,7 +177,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.argv = ["flower-supernode", *flowers]
     try:
         flower_supernode()
-    except (RuntimeError, grpc.RpcError, SystemExit):  # Flower logs why, or does not, and falls over its own generator
+    except (
+        RuntimeError,
+        grpc.RpcError,
+        SystemExit,
+    ):  # Flower logs why, or does not, and falls over its own generator
         if admission.refusal is None:
             raise
     if admission.refusal is not None:

@@ -207,6 +207,7 @@ class Trainer:
                         self._check_finite(watched, count)
                     self._on_progress(self._phase, count, planned)
             self._check_finite(watched, count)
+            self.model.zero_grad(set_to_none=True)  # as large as the model, and of no more use
         mean = float(total) / samples if samples else math.nan
         return FitStats(count, samples, mean, time.perf_counter() - started)
 

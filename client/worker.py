@@ -101,7 +101,7 @@ class Service(WorkerServicer):
     @staticmethod
     def _work(site: Site, parts: Parts, check_cancelled: Callable[[], None]) -> Parts:
         try:
-            return site.handle(parts, check_cancelled)
+            return site.handle(parts, check_cancelled, consume=True)
         except Exception as error:
             site.failed(failure(error, site.alias))
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator, Mapping
 
 from common.errors import PayloadError
@@ -38,20 +39,21 @@ def from_frames(frames: Iterable[Frame], *, limit: int = 4 << 30) -> Parts:
         PayloadError: A chunk before its part, a part of another size than announced, a repeated part, too many bytes.
     """
     parts: dict[str, bytes] = {}
-    name, expected, buffer, total = "", 0, bytearray(), 0
+    # A BytesIO hands its bytes over without a copy: a large part is in memory once.
+    name, expected, buffer, total = "", 0, io.BytesIO(), 0
 
     def close() -> None:
         if name:
-            if len(buffer) != expected:
+            if buffer.tell() != expected:
                 raise PayloadError(
-                    f"Part '{shown(name)}' has {len(buffer)} bytes, {expected} were announced: the stream broke off."
+                    f"Part '{shown(name)}' has {buffer.tell()} bytes, {expected} were announced: the stream broke off."
                 )
-            parts[name] = bytes(buffer)
+            parts[name] = buffer.getvalue()
 
     for frame in frames:
         if frame.WhichOneof("frame") == "part":
             close()
-            name, expected, buffer = frame.part.name, frame.part.nbytes, bytearray()
+            name, expected, buffer = frame.part.name, frame.part.nbytes, io.BytesIO()
             if not name or name in parts:
                 raise PayloadError(f"Part '{shown(name)}' came twice or without a name.")
             total += expected
@@ -60,8 +62,8 @@ def from_frames(frames: Iterable[Frame], *, limit: int = 4 << 30) -> Parts:
         else:
             if not name:
                 raise PayloadError("The stream began with bytes of no part.")
-            buffer += frame.chunk
-            if len(buffer) > expected:
+            buffer.write(frame.chunk)
+            if buffer.tell() > expected:
                 raise PayloadError(f"Part '{shown(name)}' is longer than the {expected} bytes announced.")
     close()
     return parts

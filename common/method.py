@@ -189,7 +189,7 @@ class ServerHalf:
             weight = float(reply.cases) if how is Reduce.WEIGHTED_MEAN else 1.0
             sums = acc.sums.setdefault(name, {})
             for key, tensor in payload.tensors.items():
-                term = tensor.to(torch.float64) * weight
+                term = tensor.to(torch.float64, copy=True).mul_(weight)
                 sums[key] = sums[key].add_(term) if key in sums else term
             acc.weights[name] = acc.weights.get(name, 0.0) + weight
         acc.cases += reply.cases
@@ -212,7 +212,9 @@ class ServerHalf:
             if spec.name in acc.sums:
                 weighted = self.reduction(spec) is Reduce.WEIGHTED_MEAN
                 divisor = acc.weights[spec.name] if weighted else 1.0
-                reduced[spec.name] = {key: total / divisor for key, total in acc.sums[spec.name].items()}
+                reduced[spec.name] = {
+                    key: total.div_(divisor) for key, total in acc.sums.pop(spec.name).items()
+                }
             elif spec.name in acc.kept:
                 shelf = acc.kept.pop(spec.name)
                 reduced[spec.name] = {

@@ -70,9 +70,15 @@ def tensor_bytes(tensors: Tensors, notes: Mapping[str, str] | None = None) -> by
 
     Notes go into one metadata entry as sorted JSON: safetensors keeps metadata in no fixed order.
     """
-    own = {
-        name: tensors[name].contiguous().clone() for name in sorted(tensors)
-    }  # safetensors refuses shared memory
+    own: Tensors = {}
+    seen: set[int] = set()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        storage = tensor.untyped_storage()
+        # safetensors refuses shared memory; what is not shared is not copied, a large model is here once
+        shared = storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes
+        own[name] = tensor.clone() if shared else tensor
+        seen.add(storage.data_ptr())
     metadata = {"wardround": json.dumps(notes, sort_keys=True)} if notes else None
     return save(own, metadata=metadata)
 

@@ -11,7 +11,8 @@ runs, and the ServerApp goes on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
@@ -29,7 +30,7 @@ from ops.supervisor import wait_before
 START_SECONDS = 90.0
 GONE_SECONDS = 1.0  # a ServerApp that ends has this long for its last event to arrive
 SUBMITTED_SECONDS = 60.0
-STATUS_SECONDS = 2.0
+HANGING_SECONDS = 30.0  # after its last word; then it is ended
 LIMIT = 5
 # Verdicts that may be the trace of a coordinator's process that broke down, not of the run itself.
 DOUBTFUL = {WardroundError.code, WorkerError.code, CancelledError.code, "transport"}
@@ -81,7 +82,7 @@ class Coordinator:
         self._tail = Tail(plan.out / "events.jsonl")
         self._run = 0
         self._failures = 0
-        self._app_seen = self._submitted = self._status_at = 0.0
+        self._app_seen = self._submitted = self._ended = 0.0
         self._end: dict[str, object] | None = None
 
     def start_link(self) -> None:
@@ -118,7 +119,7 @@ class Coordinator:
         self._tail.poll()  # what earlier attempts said is over
         self._end = None
         self._run = self.control.start_run(bundle(), {"wardround": self._plan.config.to_json()})
-        self._submitted, self._app_seen = time.monotonic(), 0.0
+        self._submitted, self._app_seen, self._ended = time.monotonic(), 0.0, 0.0
 
     def tend(self) -> dict[str, object] | None:
         """Look at everything once, mend what broke, and return the run's end once it has one.
@@ -127,6 +128,8 @@ class Coordinator:
             ProcessError: The coordinator's processes cannot be kept alive.
         """
         self._read_events()
+        if self._end is not None and stands(self._end):
+            return self._end  # whatever else broke in this moment: the run is over
         if self._group.processes["superlink"].exit_code() is not None:
             self._mend_link()
             return None
@@ -154,14 +157,13 @@ class Coordinator:
                 self._end = event  # not the last word of an attempt that was killed
 
     def _judge(self, end: dict[str, object], now: float) -> dict[str, object] | None:
-        """Return a verdict that stands; one that a broken SuperLink may have caused gets another try."""
-        if end.get("verdict") == "ok" or end.get("code") not in DOUBTFUL:
-            return end
-        if now - self._app_seen <= GONE_SECONDS:
+        """Return a verdict that a broken SuperLink may have caused only after other tries."""
+        self._ended = self._ended or now
+        if now - self._app_seen <= GONE_SECONDS and now - self._ended <= HANGING_SECONDS:
             return None
         if self._failures + 1 >= LIMIT:
             return end
-        self._continue("failed")
+        self._mend_app("failed") if now - self._ended > HANGING_SECONDS else self._continue("failed")
         return None
 
     def _app_lives(self) -> bool:
@@ -174,37 +176,40 @@ class Coordinator:
     def _continue(self, why: str) -> None:
         """Submit the run again; it continues from its last complete round."""
         self._count("ServerApp", why)
-        try:
+        with self._unless_link_died():
             self.control.stop_run(self._run)
             self._submit()
+
+    @contextmanager
+    def _unless_link_died(self) -> Iterator[None]:
+        """Pass over an error that a SuperLink's end explains: it is mended when it is looked at next."""
+        try:
+            yield
         except ProcessError:
             if self._group.processes["superlink"].exit_code() is None:
                 raise
-            # it died in this moment: mended when it is looked at next
 
     def _mend_app(self, why: str) -> None:
         self._count("serverapp", why)
         self._group.stop("serverapp", seconds=0.0)
-        try:
+        with self._unless_link_died():
             self.control.stop_run(self._run)
-        except ProcessError:
-            if self._group.processes["superlink"].exit_code() is None:
-                raise
-            return
-        self.start_app()
+            self.start_app()
 
     def _mend_link(self) -> None:
         self._group.note_exit(self._group.processes["superlink"])
         self._count("superlink", "exited")
         if self._database is not None:
-            self._start_link()
+            with self._unless_link_died():
+                self._start_link()
             return
         self._sites.disconnect()
         self._group.stop("serverapp", seconds=0.0)
-        self._start_link()
-        self.register()
-        self.start_app()
-        self._sites.connect()
+        with self._unless_link_died():
+            self._start_link()
+            self.register()
+            self.start_app()
+            self._sites.connect()
 
     def _count(self, name: str, why: str) -> None:
         self._failures += 1
@@ -236,3 +241,8 @@ class Coordinator:
     def close(self) -> None:
         """Close the connection to the SuperLink."""
         self.control.close()
+
+
+def stands(end: Mapping[str, object]) -> bool:
+    """Return whether a verdict is the run's own, whatever happened to the coordinator's processes."""
+    return end.get("verdict") == "ok" or end.get("code") not in DOUBTFUL

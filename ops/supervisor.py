@@ -37,7 +37,8 @@ class Charge:
         patience: Seconds without a sign after which it is restarted.
         on_restart: Called after it was started again.
         attempts: Restarts in a row.
-        due: When it is started again; 0 while it runs.
+        begun: When it was started last.
+        due: When it is started again; none while it runs.
         seen: When it showed life last.
     """
 
@@ -46,7 +47,8 @@ class Charge:
     patience: float = 60.0
     on_restart: Callable[[], None] | None = None
     attempts: int = 0
-    due: float = 0.0
+    begun: float = 0.0
+    due: float | None = None
     looked: float = 0.0
     seen: float = 0.0
     given_up: str = ""
@@ -86,12 +88,13 @@ class Supervisor:
         on_restart: Callable[[], None] | None = None,
     ) -> None:
         """Supervise a process that was started."""
-        self.charges[process.name] = Charge(process, sign, patience, on_restart, seen=self._clock())
+        now = self._clock()
+        self.charges[process.name] = Charge(process, sign, patience, on_restart, seen=now, begun=now)
 
     def hold(self, names: Sequence[str]) -> None:
         """End processes and leave them until `let_go`; a name that is not supervised yet is passed over."""
         for charge in (self.charges[name] for name in names if name in self.charges):
-            charge.held, charge.due = True, 0.0
+            charge.held, charge.due = True, None
             if not charge.process.collected:
                 self._group.stop(charge.process.name, seconds=0.0)
 
@@ -100,8 +103,8 @@ class Supervisor:
         for charge in (self.charges[name] for name in names if name in self.charges):
             charge.held = False
             if not charge.given_up:
-                charge.why, charge.attempts = "lost", charge.attempts + 1
-                self._start_again(charge)
+                charge.why = "lost"  # through no fault of its own: it does not count
+                self._start_again(charge, waited=0.0)
 
     def poll(self) -> None:
         """Look at every process once; never waits.
@@ -112,9 +115,9 @@ class Supervisor:
         for charge in list(self.charges.values()):
             if charge.given_up or charge.held:
                 continue
-            if charge.due:
+            if charge.due is not None:
                 if self._clock() >= charge.due:
-                    self._start_again(charge)
+                    self._start_again(charge, waited=wait_before(charge.attempts))
             elif charge.process.exit_code() is not None:
                 self._plan(charge, "exited")
             elif charge.sign is not None:
@@ -136,8 +139,10 @@ class Supervisor:
         code = charge.process.exit_code()
         if code is not None:
             self._group.note_exit(charge.process)
-        if now - charge.process.started > WELL_SECONDS:
-            charge.attempts = 0
+        if charge.seen - charge.begun > WELL_SECONDS or (
+            charge.sign is None and now - charge.begun > WELL_SECONDS
+        ):
+            charge.attempts = 0  # it ran, and showed life, for long enough
         charge.attempts += 1
         charge.why = why
         limit = HOPELESS_LIMIT if code in HOPELESS else LIMIT
@@ -155,24 +160,23 @@ class Supervisor:
             return
         charge.due = now + wait_before(charge.attempts)
 
-    def _start_again(self, charge: Charge) -> None:
-        wait = wait_before(charge.attempts)
+    def _start_again(self, charge: Charge, waited: float) -> None:
         if charge.process.exit_code() is None:
             self._group.stop(charge.process.name, seconds=0.0)
         self._events.emit(
-            "process.restart", name=charge.process.name, site=charge.process.site or None, attempt=charge.attempts,
-            why=charge.why, seconds=wait,
+            "process.restart", name=charge.process.name, site=charge.process.site or None, attempt=max(charge.attempts, 1),
+            why=charge.why, seconds=waited,
         )  # fmt: skip
         self._group.start(charge.process)
-        charge.due = 0.0
-        charge.seen = charge.looked = self._clock()
+        charge.due = None
+        charge.begun = charge.seen = charge.looked = self._clock()
         if charge.on_restart is not None:
             charge.on_restart()
 
 
 def wait_before(attempt: int) -> float:
     """Return the seconds before a restart: the first at once, then doubling up to a limit."""
-    return 0.0 if attempt <= 1 else min(FIRST_WAIT * 2.0 ** (attempt - 2), LONGEST_WAIT)
+    return 0.0 if attempt <= 1 else min(FIRST_WAIT * 2.0 ** min(attempt - 2, 30), LONGEST_WAIT)
 
 
 def spoken(tail: str) -> str:

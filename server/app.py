@@ -93,7 +93,7 @@ def main(grid: Grid, context: Context) -> None:
         lock = alone(folder)
         config = read_config(context, folder)
         strategy = MethodStrategy(config=config, run=run, folder=folder, events=events)
-        size = sum(tensor.numel() * tensor.itemsize for tensor in strategy.initial.values())
+        size = sum(tensor.numel() * tensor.itemsize for tensor in strategy.network.values())
         events.emit(
             "run.start", method=config.method, task=config.data.task, rounds=config.rounds.rounds, seed=config.seed,
             parameters=strategy.parameters, bytes=size, software=common.__version__,

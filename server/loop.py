@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from common.config import RunConfig
 from common.errors import PayloadError, QuorumError, WardroundError, safe_sentence
 from common.events import EventLog
@@ -91,7 +93,10 @@ class RoundLoop:
         self.method = method
         self.server = method.server(method.parse(config.params))
         self.server.robust = config.guard
-        self.template = self.server.travelling(model, groups)
+        shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.items()}
+        self.template = self.server.travelling(
+            shapes, groups
+        )  # without values, or round 0 would stay in memory
         self.events = events
         self.checkpoints = checkpoints
         self.call = call
@@ -285,7 +290,9 @@ class RoundLoop:
                 "metric", site=site, round=item.round, split=item.split, model=item.model, cases=item.cases,
                 values=divide(item.sums), primary=item.primary,
             )  # fmt: skip
-        order.put(site, answer.parts)
+        parts, answer.parts = answer.parts, None
+        envelope.payloads.clear()  # a large model shall be here once, not three times, when its turn comes
+        order.put(site, parts)
         return None
 
     def _check(self, envelope: Envelope, number: int, phase: Phase, site: str) -> float:

@@ -26,7 +26,7 @@ from common.events import EventLog
 from common.flower import EVALUATE, TRAIN, from_record, make_message
 from common.method import Method, Reply, RoundContext
 from common.methods import get_method
-from common.models import build_model, parameter_groups
+from common.models import build_model, parameter_groups, template
 from common.numerics.robust import cut_count
 from common.payload import Tensors, check_payloads
 from common.proto.wardround_pb2 import Phase
@@ -78,11 +78,13 @@ class MethodStrategy(Strategy):
         self.checkpoints = Checkpoints(folder) if folder else None
         network = build_model(config.model, config.data, seed=config.seed)
         self.groups = parameter_groups(network)
-        self.initial: Tensors = {
-            name: tensor.detach().clone() for name, tensor in network.state_dict().items()
-        }
+        self.network = template(network)  # names, shapes and dtypes; the values are made when they are needed
         self.parameters = sum(value.numel() for value in network.parameters())
         self.loop: RoundLoop | None = None
+
+    def initial(self) -> Tensors:
+        """Return the run's seeded network, made anew."""
+        return dict(build_model(self.config.model, self.config.data, seed=self.config.seed).state_dict())
 
     def summary(self) -> None:
         """Log the strategy's configuration."""
@@ -101,7 +103,7 @@ class MethodStrategy(Strategy):
         Raises:
             QuorumError, MismatchError: The sites do not suffice or do not fit.
         """
-        versions = versions_of(self.config, self.method, self.initial)
+        versions = versions_of(self.config, self.method, self.network)
         call = RosterCall(link, self.run, self.config, self.events, versions)
         roster = call.collect(patience)
         self._check_trim(len(self.config.sites or roster.nodes))
@@ -119,7 +121,7 @@ class MethodStrategy(Strategy):
     def _make_loop(
         self, link: Link, roster: Roster, initial: Tensors | None = None, call: RosterCall | None = None
     ) -> RoundLoop:
-        model = initial or self.initial
+        model = initial or self.initial()
         return RoundLoop(
             link,
             roster,

@@ -35,7 +35,7 @@ class FakeSite:
     def close(self):
         pass
 
-    def handle(self, parts, check_cancelled):
+    def handle(self, parts, check_cancelled, *, consume=False):
         self.calls.append(parts)
         return self.work(parts, check_cancelled)
 

@@ -4,9 +4,10 @@
 
 Measured every two seconds from outside: resident memory, open files, threads and children of every process, sizes and
 counts of the run folder's files. Each quantity gets a line fitted over the last 80 % of the rounds, through the means
-of blocks of rounds (samples next to each other are not independent), and a verdict: "flat" if it cannot grow by more
-than its limit in a thousand rounds (slope + two standard errors), "grows" if it surely does (slope - two standard
-errors), else "unclear: more rounds". Event files and logs grow by their lines; their bytes per round are said.
+of blocks of rounds (samples next to each other are not independent), and a verdict by its slope and two standard
+errors: "grows" if it surely gains more than its limit in a thousand rounds, "unclear: more rounds" if it might, "grows
+within its limit" if it surely gains, but less than that, else "flat". Event files, ledgers and logs grow by their
+lines; their bytes per round are said.
 """
 
 import argparse
@@ -125,7 +126,7 @@ def verdict(what, quantity, rise, error):
     if quantity == "bytes" and kind in LINES:
         return "grows by its lines"
     if rise + 2 * error <= limit:
-        return "flat"
+        return "grows within its limit" if rise - 2 * error > 0 else "flat"
     return "grows" if rise - 2 * error > limit else "unclear: more rounds"
 
 
@@ -183,11 +184,15 @@ def main(argv):
             "quantities": evaluate(samples, ends),
         }  # fmt: skip
     print(write("soak", figures))
-    growing = [f"{what}: {name} {item['verdict']}" for what, kinds in figures["quantities"].items()
-               for name, item in kinds.items() if item["verdict"].startswith(("grows", "unclear"))
-               and item["verdict"] != "grows by its lines"]  # fmt: skip
-    print("\n".join(growing) or "nothing grows")
-    return 1 if any(": more" not in line for line in growing) else 0
+    said = [
+        (item["verdict"], f"{what}: {name} {item['verdict']} ({item['per_round']} ± {item['standard_error']} a round)")
+        for what, kinds in figures["quantities"].items() for name, item in kinds.items()
+    ]  # fmt: skip
+    print(
+        "\n".join(line for verdict_, line in said if verdict_ not in ("flat", "grows by its lines"))
+        or "nothing grows"
+    )
+    return 1 if any(verdict_ == "grows" for verdict_, _ in said) else 0
 
 
 if __name__ == "__main__":

@@ -1,98 +1,16 @@
 """Supervision: what ends or falls silent is started again, with waits, up to a limit; real processes, a clock of ours."""
 
-import os
 import signal
-import sys
 import time
-from types import SimpleNamespace
 
-import psutil
 import pytest
 
 from common.errors import VERDICT, ProcessError
-from common.events import EventLog, read_events
-from ops import processes
-from ops.processes import Process, ProcessGroup, session_members
-from ops.supervisor import (
-    HOPELESS_LIMIT,
-    LIMIT,
-    LONGEST_WAIT,
-    LOOK_SECONDS,
-    WELL_SECONDS,
-    Supervisor,
-    wait_before,
-)
+from ops.processes import session_members
+from ops.supervisor import HOPELESS_LIMIT, LIMIT, LONGEST_WAIT, LOOK_SECONDS, WELL_SECONDS, wait_before
+from tests.ops.supervised import DEAF, SLEEP, World, running
 
 pytestmark = pytest.mark.timeout(60)
-
-SLEEP = "import time; time.sleep(60)"
-DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
-
-
-class World:
-    """A supervisor over real processes, with a clock that can be put forward."""
-
-    def __init__(self, folder, patch):
-        self.folder, self.ahead, self.given_up = folder, 0.0, []
-        self.log = EventLog(folder / "events.jsonl", "trial")
-        self.group = ProcessGroup(self.log)
-        # A process's start is taken from the same clock, so that it looks as long as the test says.
-        patch.setattr(processes, "time", SimpleNamespace(monotonic=self.clock, sleep=time.sleep))
-        self.supervisor = Supervisor(
-            self.group,
-            self.log,
-            lambda charge, error: self.given_up.append((charge, error)),
-            clock=self.clock,
-        )
-
-    def clock(self):
-        return time.monotonic() + self.ahead
-
-    def take(self, code, name="one", site="", **options):
-        process = Process(name, [sys.executable, "-S", "-c", code], self.folder / f"{name}.log", site=site)
-        self.supervisor.take(self.group.start(process), **options)
-        return process
-
-    def wait(self, seconds):
-        """Put the clock forward and look."""
-        self.ahead += seconds
-        self.supervisor.poll()
-
-    def ended(self, process):
-        limit = time.monotonic() + 20
-        while process.exit_code() is None:
-            assert time.monotonic() < limit, "the process did not end"
-            time.sleep(0.005)
-
-    def end(self, process):
-        """Kill it and let the supervisor see it."""
-        os.kill(process.pid, signal.SIGKILL)
-        self.ended(process)
-        self.supervisor.poll()
-
-    def until_given_up(self, process, most=20):
-        for _ in range(most):
-            self.ended(process)
-            self.supervisor.poll()
-            if self.given_up:
-                return
-            self.wait(LONGEST_WAIT)
-        raise AssertionError("it was never given up")
-
-    def events(self, *names):
-        return [event for event in read_events(self.folder / "events.jsonl") if event["event"] in names]
-
-    def restarts(self):
-        return [
-            (event["attempt"], event["why"], event["seconds"]) for event in self.events("process.restart")
-        ]
-
-
-def running(pid):
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 @pytest.fixture
@@ -274,6 +192,7 @@ def test_one_without_a_sign_of_life_for_its_patience_is_ended_and_started_again(
     [ended] = world.events("process.exit")
     assert ended["expected"] is True
     world.wait(25)  # its patience began anew
+    world.wait(2)
     assert len(world.restarts()) == 1
 
 
@@ -340,9 +259,6 @@ def test_one_that_stays_silent_after_every_restart_is_given_up_and_ended(world):
     assert not running(process.pid)
 
 
-@pytest.mark.xfail(
-    reason="silence of WELL_SECONDS or more counts as having run well, so it is restarted for ever"
-)
 @pytest.mark.parametrize("patience", [60.0, 90.0, 180.0])
 def test_silence_is_not_running_well_however_long_the_patience(world, patience):
     silence(world, patience)
@@ -387,7 +303,7 @@ def test_what_is_held_is_ended_and_stays_so_until_it_is_let_go(world):
     world.end(held)  # supervised as before
     world.wait(LONGEST_WAIT)
     assert held.exit_code() is None
-    assert world.restarts()[-1][:2] == (2, "exited")
+    assert world.restarts()[-1][:2] == (1, "exited")
 
 
 def test_holding_takes_back_a_restart_that_was_planned(world):
@@ -409,7 +325,7 @@ def test_one_that_is_let_go_has_its_whole_patience_again(world):
     world.supervisor.let_go(["one"])
     pid = process.pid
     world.wait(25)
-    world.supervisor.poll()
+    world.wait(2)  # a restart that was planned would be due
     assert process.pid == pid
 
 
@@ -424,7 +340,6 @@ def test_one_that_was_given_up_is_not_started_by_letting_go(world):
     assert len(world.given_up) == 1
 
 
-@pytest.mark.xfail(reason="let_go counts restarts that lie hours apart as restarts in a row")
 def test_being_let_go_again_and_again_with_good_hours_between_is_no_row_of_restarts(world):
     process = world.take(SLEEP)
     for _ in range(LIMIT + 1):

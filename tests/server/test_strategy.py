@@ -71,7 +71,7 @@ def test_start_on_a_grid_equals_the_loop(federation, method):
 def test_start_takes_flowers_own_arguments(federation):
     grid = SitesGrid(federation.open_sites())
     strategy = MethodStrategy("fedavg", config=config(federation))
-    initial = ArrayRecord({name: tensor + 1 for name, tensor in strategy.initial.items()})
+    initial = ArrayRecord({name: tensor + 1 for name, tensor in strategy.initial().items()})
     seen = []
     result = strategy.start(
         grid, initial_arrays=initial, num_rounds=1, evaluate_fn=lambda number, arrays: seen.append(number)
@@ -88,7 +88,7 @@ def test_the_hooks_give_the_same_model_as_start(federation):
     whole = MethodStrategy("fedavg", config=config(federation)).start(SitesGrid(federation.open_sites("a")))
     grid = SitesGrid(federation.open_sites("b"))
     strategy = MethodStrategy("fedavg", config=config(federation))
-    arrays, empty = ArrayRecord(strategy.initial), ConfigRecord()
+    arrays, empty = ArrayRecord(strategy.initial()), ConfigRecord()
     for number in (1, 2, 3):
         ids = grid.push_messages(list(strategy.configure_train(number, arrays, empty, grid)))
         replies = grid.pull_messages(ids)
@@ -105,7 +105,7 @@ def test_a_bad_reply_is_left_out_and_an_empty_round_changes_nothing(federation, 
     grid = SitesGrid(federation.open_sites())
     strategy = MethodStrategy("fedavg", config=config(federation))
     ids = grid.push_messages(
-        list(strategy.configure_train(1, ArrayRecord(strategy.initial), ConfigRecord(), grid))
+        list(strategy.configure_train(1, ArrayRecord(strategy.initial()), ConfigRecord(), grid))
     )
     replies = grid.pull_messages(ids)
     bad = Message(to_record({"head": b"nothing"}), reply_to=replies[0])
