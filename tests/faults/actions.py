@@ -221,10 +221,22 @@ def resumed(run, site, outcome, typical):
 
 
 def resumed_alone(run, site, outcome, typical):
-    """Each continuation had the run folder to itself: nothing of the killed command went on writing there."""
+    """Each continuation had the run folder to itself.
+
+    The ServerApp of a killed command may live on for seconds; it must be gone before the next one begins, and its end
+    must not be taken for the end of the next.
+    """
     resumed(run, site, outcome, typical)
-    strangers = [item for item in run.named("run.end") if item["verdict"] != "ok"]
-    assert not strangers, f"a ServerApp of a killed command still wrote: {strangers}"
+    works = False
+    for item in run.events():
+        if item["event"] == "run.start":
+            works = True
+        elif item["event"] == "run.end":
+            assert works, f"a ServerApp ended that was thought gone: {item}"
+            works = False
+        elif item["event"] in ("round.start", "round.end", "checkpoint"):
+            assert works, f"work after the ServerApp's end: {item}"
+    assert not run.told("process.restart"), "the end of a former ServerApp was taken for the new one's"
 
 
 def only_link_restarted(run, site, outcome, typical):
