@@ -42,10 +42,10 @@ from common.errors import ConfigError
 class Compute(Strict):
     """Where and how the worker computes."""
 
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")
     amp: Literal["auto", "on", "off"] = "auto"
-    threads: int = Field(default=0, ge=0)
-    cache_mb: int = Field(default=2048, ge=0)
+    threads: int = Field(default=0, ge=0, le=4096)
+    cache_mb: int = Field(default=2048, ge=0, le=100_000_000)
 
 
 class Policy(Strict):
@@ -104,7 +104,7 @@ def read_site_config(path: Path) -> SiteConfig:
         raise ConfigError(
             f"The site's configuration cannot be read ({error.strerror}).", detail=str(path)
         ) from error
-    except ValueError as error:  # TOML's own complaint, or bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # TOML's own complaint, or bytes that are not UTF-8
         raise ConfigError(
             "The site's configuration is not valid TOML in UTF-8. Correct the line.",
             detail=f"{path}: {error}",

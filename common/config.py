@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from common.errors import ConfigError, nearest
 
@@ -21,8 +21,18 @@ SCHEMA_VERSION: Literal[1] = 1
 T = TypeVar("T", bound=BaseModel)
 
 TaskName = Literal["segmentation", "classification", "tabular"]
-Size = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1, le=1_000_000)]
 Spacing = Annotated[float, Field(gt=0)]
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable() or not 0 < len(text) <= 80:
+        raise ValueError("a name needs 1 to 80 printable characters")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_printable)]
+Alias = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
 
 class Strict(BaseModel):
@@ -36,10 +46,10 @@ class DataConfig(Strict):
 
     task: TaskName = "segmentation"
     spatial_dims: Literal[0, 2, 3] = Field(default=3, description="3 volumes, 2 pictures, 0 tables")
-    channels: tuple[str, ...] = Field(
+    channels: tuple[Name, ...] = Field(
         default=("T1",), description="input channels (modalities), or the table's features"
     )
-    labels: tuple[str, ...] = Field(
+    labels: tuple[Name, ...] = Field(
         default=("background", "foreground"), description="class names; index = label value"
     )
     spacing: tuple[Spacing, ...] | None = Field(
@@ -51,7 +61,9 @@ class DataConfig(Strict):
     patch: tuple[Size, ...] = Field(
         default=(32, 32, 32), description="training patch (also sliding window) in voxels"
     )
-    patches_per_case: int = Field(default=2, ge=1, description="patches drawn from a case per visit")
+    patches_per_case: int = Field(
+        default=2, ge=1, le=100_000, description="patches drawn from a case per visit"
+    )
     foreground_ratio: float = Field(
         default=0.5, ge=0, le=1, description="share of patches centred on a labelled voxel"
     )
@@ -89,7 +101,7 @@ class ModelConfig(Strict):
     """The network, by name, with its sizes."""
 
     name: str = Field(default="auto", description="auto takes the task's default; see common/models")
-    width: int = Field(default=16, ge=1, description="channels of the first level")
+    width: int = Field(default=16, ge=1, le=65_536, description="channels of the first level")
     levels: int = Field(default=3, ge=2, le=6, description="resolution levels of a U-shaped net")
     norm: Literal["auto", "instance", "batch", "group", "none"] = Field(
         default="auto",
@@ -102,8 +114,10 @@ class ModelConfig(Strict):
 class TrainConfig(Strict):
     """Local training."""
 
-    local_epochs: int = Field(default=1, ge=1, description="visits of each local case per round")
-    batch_size: int = Field(default=4, ge=1, description="patches or rows per step")
+    local_epochs: int = Field(
+        default=1, ge=1, le=1_000_000, description="visits of each local case per round"
+    )
+    batch_size: int = Field(default=4, ge=1, le=1_000_000, description="patches or rows per step")
     optimizer: Literal["adam", "sgd", "adamw"] = "adam"
     lr: float = Field(default=1e-3, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd")
@@ -118,7 +132,7 @@ class TrainConfig(Strict):
 class RoundConfig(Strict):
     """The federation's rhythm."""
 
-    rounds: int = Field(default=3, ge=1)
+    rounds: int = Field(default=3, ge=1, le=1_000_000)
     quorum: float = Field(default=1.0, gt=0, le=1, description="share of the sites a round needs")
     deadline: float = Field(default=3600.0, gt=0, description="seconds a round waits for its sites")
     ready_timeout: float = Field(
@@ -183,10 +197,10 @@ class RunConfig(Strict):
     """
 
     version: Literal[1] = SCHEMA_VERSION
-    method: str = "fedavg"
+    method: Name = "fedavg"
     params: dict[str, Any] = Field(default_factory=dict)
     seed: int = Field(default=0, ge=0, lt=2**32)
-    sites: tuple[str, ...] = ()
+    sites: tuple[Alias, ...] = ()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
@@ -206,7 +220,7 @@ class RunConfig(Strict):
     def from_json(cls, text: str) -> Self:
         """Read the JSON form; an empty text gives the defaults."""
         try:
-            mapping = json.loads(text) if text.strip() else {}
+            mapping = json.loads(text, object_pairs_hook=_once) if text.strip() else {}
         except (ValueError, RecursionError) as error:  # ValueError alone: a number of thousands of digits
             line = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
             raise ConfigError(
@@ -288,23 +302,44 @@ def checked(model: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     Raises:
         ConfigError: Naming the key, what was expected and what was got.
     """
-    normal = _snake(mapping)
     try:
-        return model.model_validate(normal)
+        return model.model_validate(_snake(mapping))
+    except RecursionError as error:
+        raise ConfigError(
+            "The configuration is nested too deeply to be one. Correct it and start again."
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
-        place = f"{where}{path}" if where or path else model.__name__
+        place = _short(f"{where}{path}" if where or path else model.__name__)
         if first["type"] == "extra_forbidden":
             owner = _owner(model, first["loc"][:-1])
             raise ConfigError(
                 f"Unknown key '{place}'. {nearest(str(first['loc'][-1]), owner.model_fields)}"
             ) from error
         got = first.get("input")
-        shown = f", got {got!r}" if isinstance(got, str | int | float | bool | list | tuple) else ""
+        shown = (
+            f", got {_short(repr(got))}" if isinstance(got, str | int | float | bool | list | tuple) else ""
+        )
         raise ConfigError(
             f"Bad value for '{place}': {first['msg']}{shown}. Correct it and start again."
         ) from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of a JSON text; JSON itself would keep the last of two equal keys without a word."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ConfigError(f"Key '{_short(key)}' is given twice in the run configuration. Keep one.")
+        found[key] = value
+    return found
+
+
+def _short(text: str) -> str:
+    """Return foreign text as it may stand in a sentence."""
+    cut = text if len(text) <= 80 else text[:79] + "\u2026"
+    return cut if cut.isprintable() else ascii(cut)[1:-1]
 
 
 def _snake(value: Any) -> Any:
@@ -314,7 +349,9 @@ def _snake(value: Any) -> Any:
     for key, item in value.items():
         name = str(key).replace("-", "_")
         if name in normal:
-            raise ConfigError(f"Key '{name}' is given twice, with dashes and with underscores. Keep one.")
+            raise ConfigError(
+                f"Key '{_short(name)}' is given twice, with dashes and with underscores. Keep one."
+            )
         normal[name] = _snake(item)
     return normal
 

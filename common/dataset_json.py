@@ -202,14 +202,23 @@ def _checked(model: type[M], document: Any, *, site: str, place: str, detail: st
         found = error.errors()
         # a misspelt key also leaves the right one missing: say the cause
         first = next((item for item in found if item["type"] == "extra_forbidden"), found[0])
-        path = ".".join(str(part) for part in (place, *first["loc"]) if part != "")
+        # Keys are the hospital's own words and may be names of patients: only those of the schema are told.
+        known_words = {*DatasetJson.model_fields, *CaseEntry.model_fields, *SplitFractions.model_fields}
+        parts = (
+            place,
+            *(part if isinstance(part, int) or part in known_words else "?" for part in first["loc"]),
+        )
+        path = ".".join(str(part) for part in parts if part != "")
         text = f"{detail}: {error}" if detail else str(error)
         if first["type"] == "extra_forbidden":
             known = CaseEntry.model_fields if model is CaseEntry else DatasetJson.model_fields
             hint = nearest(str(first["loc"][-1]), known)
+            home = path.rpartition(".")[0]
+            where = f" in '{home}'" if home else ""
             raise DataError(
-                f"{site}: unknown key '{path}' in dataset.json. {hint}", detail=text, site=site
-            ) from error
+                f"{site}: dataset.json has an unknown key{where}. {hint} "
+                "`wardround site check` at the site says which.", detail=text, site=site,
+            ) from error  # fmt: skip
         if first["type"] == "missing":
             raise DataError(
                 f"{site}: dataset.json lacks '{path}'. Add it (docs/data.md).", detail=text, site=site

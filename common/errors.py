@@ -26,7 +26,6 @@ import difflib
 from collections.abc import Iterable
 from typing import ClassVar
 
-
 VERDICT = "wardround: "
 """Begins the last line of a process that ends by an error of its own: the safe sentence, for whoever supervises it."""
 
@@ -44,6 +43,8 @@ class WardroundError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, detail: str = "", site: str = "") -> None:
+        # What the other end wrote may hold what no text can (a lone surrogate), and no log or wire takes.
+        message = message.encode(errors="backslashreplace").decode()
         super().__init__(message)
         self.message = message
         self.detail = detail
@@ -146,8 +147,8 @@ def safe_sentence(error: BaseException) -> tuple[str, str]:
 
     A foreign exception gives its class name alone: its text may carry paths or identifiers.
     """
-    if isinstance(error, WardroundError):  # what the other end wrote may hold what no text can (a lone surrogate)
-        return error.code, error.message.encode(errors="backslashreplace").decode()
+    if isinstance(error, WardroundError):
+        return error.code, error.message
     return "internal", f"unexpected {type(error).__name__}; the full text is in the site's own worker log"
 
 

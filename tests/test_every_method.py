@@ -219,7 +219,9 @@ def test_the_model_is_saved_even_if_a_site_misses_the_closing_evaluation(federat
         return None if alias == "beta" and round_ == 4 else parts
 
     config = table_config()
-    config = config.model_copy(update={"rounds": config.rounds.model_copy(update={"quorum": 1.0})})
+    config = config.model_copy(
+        update={"rounds": config.rounds.model_copy(update={"quorum": 1.0, "deadline": 1.0})}
+    )
     loop = federation.start(config, link=MemoryLink(federation.open_sites(), tamper=lose))
     with pytest.raises(QuorumError, match="beta"):
         loop.execute()

@@ -19,11 +19,6 @@ from tests.test_malformed import NAMED, SPOILT, Recorded, bits, failures
 CONTROL = "\x1b[2J\n\u202e[red]<b>"
 
 
-def hole(where, why):
-    """Mark a test that fails today; where it passes, the mark must go."""
-    return pytest.mark.xfail(strict=True, reason=f"{where}: {why}")
-
-
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     return Recorded(tmp_path_factory.mktemp("holes"))
@@ -156,7 +151,6 @@ def test_a_name_that_is_no_text_is_answered_with_a_failure(recorded):
     assert envelope.failure[0] in NAMED
 
 
-@hole("common/config.py _snake", "RecursionError between the limits of json and of Python")
 def test_a_deep_configuration_is_refused_at_every_depth():
     """Just below the depth at which JSON itself gives up, our own walk over it must not break."""
     for depth in range(850, 1001):
@@ -164,7 +158,6 @@ def test_a_deep_configuration_is_refused_at_every_depth():
             RunConfig.from_json('{"train":' + '{"a":' * depth + "1" + "}" * depth + "}")
 
 
-@hole("client/site_config.py read_site_config", "RecursionError of tomllib")
 @pytest.mark.parametrize("where", ["alias = ", "x = "])
 def test_a_deep_site_configuration_is_refused(tmp_path, where):
     path = tmp_path / "site.toml"
@@ -173,7 +166,6 @@ def test_a_deep_site_configuration_is_refused(tmp_path, where):
         read_site_config(path)
 
 
-@hole("common/config.py", "names may hold any character")
 @pytest.mark.parametrize("place", ["method", "data.labels", "sites"])
 def test_names_with_control_characters_are_refused_in_a_configuration(place):
     document = json.loads(table_config(sites=("alpha",)).to_json())
@@ -187,14 +179,12 @@ def test_names_with_control_characters_are_refused_in_a_configuration(place):
     assert str(caught.value).isprintable()
 
 
-@hole("common/config.py checked", "the key is quoted as it came")
 def test_an_unknown_keys_name_cannot_steer_a_terminal():
     with pytest.raises(ConfigError) as caught:
         RunConfig.from_mapping({CONTROL: 1})
     assert str(caught.value).isprintable()
 
 
-@hole("common/config.py checked", "value and key are shown at any length")
 @pytest.mark.parametrize(
     "document",
     [
@@ -211,7 +201,6 @@ def test_what_was_got_is_shown_in_few_words(document):
     assert len(str(caught.value)) < 1000
 
 
-@hole("common/config.py", "counts have no upper bound; protobuf raises ValueError above 2**32")
 @pytest.mark.parametrize(
     ("section", "key"),
     [("rounds", "rounds"), ("model", "width"), ("train", "local_epochs"), ("train", "batch_size")],
@@ -221,7 +210,6 @@ def test_counts_that_no_message_can_carry_are_refused(section, key):
         RunConfig.from_mapping({section: {key: 2**63}})
 
 
-@hole("common/config.py from_json", "json keeps the last one silently")
 def test_a_key_given_twice_in_json_is_refused():
     with pytest.raises(ConfigError):
         RunConfig.from_json('{"seed": 1, "seed": 2}')

@@ -290,10 +290,6 @@ def test_a_table_that_cannot_be_used_is_told_by_alias_alone(tables, spoil):
     assert tables.leaks() == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="client/data/tabular.py read_table and common/dataset_json.py _checked quote columns and keys of the site",
-)
 @pytest.mark.parametrize("spoil", TABLE_HOLES.values(), ids=TABLE_HOLES)
 def test_names_of_columns_and_keys_stay_at_the_site(tables, spoil):
     spoil(tables.data / "beta")

@@ -76,18 +76,22 @@ def read_table(spec: TableSpec, site: str) -> Table:
     header, rows = _read_rows(spec, site)
     place = {name: index for index, name in enumerate(header)}
     wanted = [*spec.features, spec.target, *(name for name in (spec.split_column, spec.group_column) if name)]
+    # The header may be anything, the first patient's row where a table has none: it is told at the site alone.
     for name in wanted:
         if name not in place:
+            which = f"the declared column '{name}'" if name in spec.features else "a declared column"
             raise DataError(
-                f"{site}: the table has no column '{name}'. {nearest(name, header)} Correct dataset.json.",
-                detail=str(spec.path),
+                f"{site}: the table lacks {which}; it has {len(header)} columns. Correct dataset.json, or give the table "
+                "a line of headings; `wardround site check` at the site says more.",
+                detail=f"{spec.path}: no column '{name}'. {nearest(name, header)}",
                 site=site,
             )
     for name in spec.missing_values:
         if name not in spec.features:
             raise DataError(
-                f"{site}: 'missing_values' of dataset.json names '{name}', which is no feature. "
-                f"{nearest(name, spec.features)}",
+                f"{site}: 'missing_values' of dataset.json names a column that is no feature. Correct it; "
+                "`wardround site check` at the site says which.",
+                detail=f"'{name}'. {nearest(name, spec.features)}",
                 site=site,
             )
     bad: list[BadCell] = []

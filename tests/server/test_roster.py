@@ -130,9 +130,7 @@ def call(tmp_path):
 def test_the_roster_has_the_order_of_the_run_and_what_each_site_said(call):
     said = summary("alpha", cases={"training": 9, "validation": 1}).model_dump_json()
     nine = ready("alpha", cases=9, summary=said)
-    roster = call(
-        {1: ready("gamma"), 2: nine, 3: ready("beta")}, ("beta", "alpha", "gamma")
-    )
+    roster = call({1: ready("gamma"), 2: nine, 3: ready("beta")}, ("beta", "alpha", "gamma"))
     assert list(roster.nodes.items()) == [("beta", 3), ("alpha", 2), ("gamma", 1)]
     assert roster.cases == {"alpha": 9, "beta": 4, "gamma": 4}
     assert roster.summaries["beta"] == summary("beta")
