@@ -45,7 +45,7 @@ class Compute(Strict):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")
     amp: Literal["auto", "on", "off"] = "auto"
     threads: int = Field(default=0, ge=0, le=4096)
-    cache_mb: int = Field(default=2048, ge=0, le=100_000_000)
+    cache_mb: int = Field(default=2048, ge=0, le=10_000_000)
 
 
 class Policy(Strict):

@@ -20,19 +20,36 @@ from common.errors import ConfigError, nearest
 SCHEMA_VERSION: Literal[1] = 1
 T = TypeVar("T", bound=BaseModel)
 
+LONGEST_TEXT = 80
+DEEPEST = 100
+YEAR = 365 * 86_400
+
 TaskName = Literal["segmentation", "classification", "tabular"]
 Size = Annotated[int, Field(ge=1, le=1_000_000)]
 Spacing = Annotated[float, Field(gt=0)]
 
 
+def brief(text: str, limit: int = LONGEST_TEXT) -> str:
+    """Return text of unknown origin as it may stand in a sentence: short, and nothing in it steers a terminal.
+
+    Args:
+        text: A key, a name or a value as it was read.
+        limit: Characters kept.
+    """
+    cut = text[:limit]
+    if not cut.isprintable():
+        cut = ascii(cut)[1:-1][:limit]
+    return cut if len(text) <= limit else f"{cut}..."
+
+
 def _printable(text: str) -> str:
-    if not text.isprintable() or not 0 < len(text) <= 80:
-        raise ValueError("a name needs 1 to 80 printable characters")
+    if not text.isprintable() or not 0 < len(text) <= LONGEST_TEXT:
+        raise ValueError(f"a name needs 1 to {LONGEST_TEXT} printable characters")
     return text
 
 
 Name = Annotated[str, AfterValidator(_printable)]
-Alias = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+Alias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class Strict(BaseModel):
@@ -55,7 +72,7 @@ class DataConfig(Strict):
     spacing: tuple[Spacing, ...] | None = Field(
         default=None, description="target voxel spacing in mm; none keeps each site's own"
     )
-    orientation: str | None = Field(
+    orientation: Name | None = Field(
         default=None, description="axis codes that volumes are brought to, e.g. RAS; none keeps"
     )
     patch: tuple[Size, ...] = Field(
@@ -100,24 +117,22 @@ class DataConfig(Strict):
 class ModelConfig(Strict):
     """The network, by name, with its sizes."""
 
-    name: str = Field(default="auto", description="auto takes the task's default; see common/models")
-    width: int = Field(default=16, ge=1, le=65_536, description="channels of the first level")
+    name: Name = Field(default="auto", description="auto takes the task's default; see common/models")
+    width: int = Field(default=16, ge=1, le=4096, description="channels of the first level")
     levels: int = Field(default=3, ge=2, le=6, description="resolution levels of a U-shaped net")
     norm: Literal["auto", "instance", "batch", "group", "none"] = Field(
         default="auto",
         description="normalisation layers; auto: instance for segmentation, batch for classification",
     )
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    hidden: tuple[Size, ...] = Field(default=(32,), description="hidden layers of the MLP")
+    hidden: tuple[Size, ...] = Field(default=(32,), max_length=1000, description="hidden layers of the MLP")
 
 
 class TrainConfig(Strict):
     """Local training."""
 
-    local_epochs: int = Field(
-        default=1, ge=1, le=1_000_000, description="visits of each local case per round"
-    )
-    batch_size: int = Field(default=4, ge=1, le=1_000_000, description="patches or rows per step")
+    local_epochs: int = Field(default=1, ge=1, le=100_000, description="visits of each local case per round")
+    batch_size: int = Field(default=4, ge=1, le=100_000, description="patches or rows per step")
     optimizer: Literal["adam", "sgd", "adamw"] = "adam"
     lr: float = Field(default=1e-3, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd")
@@ -134,12 +149,12 @@ class RoundConfig(Strict):
 
     rounds: int = Field(default=3, ge=1, le=1_000_000)
     quorum: float = Field(default=1.0, gt=0, le=1, description="share of the sites a round needs")
-    deadline: float = Field(default=3600.0, gt=0, description="seconds a round waits for its sites")
+    deadline: float = Field(default=3600.0, gt=0, le=YEAR, description="seconds a round waits for its sites")
     ready_timeout: float = Field(
-        default=300.0, gt=0, description="seconds the run waits for every site's first answer"
+        default=300.0, gt=0, le=YEAR, description="seconds the run waits for every site's first answer"
     )
     retries: int = Field(
-        default=3, ge=0,
+        default=3, ge=0, le=1_000_000,
         description="how often a site that cannot be reached is asked again in a round that can do without it; "
         "without it a round that cannot asks until the deadline",
     )  # fmt: skip
@@ -149,12 +164,13 @@ class RoundConfig(Strict):
     probe: float = Field(
         default=20.0,
         gt=0,
+        le=YEAR,
         description="seconds of silence after which a site is asked whether it still works on the round",
     )
     sample: float = Field(
         default=1.0, gt=0, le=1, description="share of the sites asked in a round, drawn with the run's seed"
     )
-    poll: float = Field(default=0.05, gt=0, description="seconds between looks for replies")
+    poll: float = Field(default=0.05, gt=0, le=3600, description="seconds between looks for replies")
     hd95: Literal["never", "end", "always"] = Field(
         default="end", description="when the slow surface distance is computed"
     )
@@ -251,7 +267,7 @@ class RunConfig(Strict):
             name = key.replace("-", "_")
             found = homes.get(name)
             if found is None:
-                raise ConfigError(f"Unknown setting '{key}'. {nearest(key, homes)}")
+                raise ConfigError(f"Unknown setting '{brief(key)}'. {nearest(key[:LONGEST_TEXT], homes)}")
             if len(found) > 1:
                 raise ConfigError(
                     f"Setting '{key}' exists in several sections: write one of {', '.join(sorted(found))}."
@@ -288,7 +304,7 @@ def parse_value(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=_once)
     except (ValueError, RecursionError):
         pass
     if "," in value:
@@ -302,27 +318,21 @@ def checked(model: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     Raises:
         ConfigError: Naming the key, what was expected and what was got.
     """
+    _refuse_deep(mapping)
+    normal = _snake(mapping)
     try:
-        return model.model_validate(_snake(mapping))
-    except RecursionError as error:
-        raise ConfigError(
-            "The configuration is nested too deeply to be one. Correct it and start again."
-        ) from error
+        return model.model_validate(normal)
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
-        place = _short(f"{where}{path}" if where or path else model.__name__)
+        place = brief(f"{where}{path}" if where or path else model.__name__)
         if first["type"] == "extra_forbidden":
             owner = _owner(model, first["loc"][:-1])
             raise ConfigError(
-                f"Unknown key '{place}'. {nearest(str(first['loc'][-1]), owner.model_fields)}"
+                f"Unknown key '{place}'. {nearest(str(first['loc'][-1])[:LONGEST_TEXT], owner.model_fields)}"
             ) from error
-        got = first.get("input")
-        shown = (
-            f", got {_short(repr(got))}" if isinstance(got, str | int | float | bool | list | tuple) else ""
-        )
         raise ConfigError(
-            f"Bad value for '{place}': {first['msg']}{shown}. Correct it and start again."
+            f"Bad value for '{place}': {first['msg']}{_got(first.get('input'))}. Correct it and start again."
         ) from error
 
 
@@ -331,15 +341,29 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ConfigError(f"Key '{_short(key)}' is given twice in the run configuration. Keep one.")
+            raise ConfigError(f"Key '{brief(key)}' is given twice in one JSON object. Keep one.")
         found[key] = value
     return found
 
 
-def _short(text: str) -> str:
-    """Return foreign text as it may stand in a sentence."""
-    cut = text if len(text) <= 80 else text[:79] + "\u2026"
-    return cut if cut.isprintable() else ascii(cut)[1:-1]
+def _got(value: Any) -> str:
+    if not isinstance(value, str | int | float | bool | list | tuple):
+        return ""
+    try:
+        return f", got {brief(repr(value))}"
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return ", got a number of thousands of digits"
+
+
+def _refuse_deep(value: Any) -> None:
+    """Refuse nesting that no configuration has, before anything walks it recursively and runs out of stack."""
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = (each.values() if isinstance(each, Mapping) else each for each in level)
+        level = [item for items in inner for item in items if isinstance(item, Mapping | list | tuple)]
+        if not level:
+            return
+    raise ConfigError(f"The configuration is nested more than {DEEPEST} levels deep. Write it flat.")
 
 
 def _snake(value: Any) -> Any:
@@ -350,7 +374,7 @@ def _snake(value: Any) -> Any:
         name = str(key).replace("-", "_")
         if name in normal:
             raise ConfigError(
-                f"Key '{_short(name)}' is given twice, with dashes and with underscores. Keep one."
+                f"Key '{brief(name)}' is given twice, with dashes and with underscores. Keep one."
             )
         normal[name] = _snake(item)
     return normal

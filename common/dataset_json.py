@@ -14,12 +14,13 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from common.config import Strict, TaskName
+from common.config import Strict, TaskName, brief
 from common.errors import DataError, nearest
 
 DATASET_FILE = "dataset.json"
 SPLITS = ("training", "validation", "test")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+_LINES = 60  # of a detail
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -163,7 +164,7 @@ def read_dataset_json(folder: Path, site: str) -> DatasetJson:
             detail=f"{path}: {error}",
             site=site,
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{site}: dataset.json cannot be read; expected UTF-8 text that this account may read.",
             detail=f"{path}: {error}",
@@ -195,36 +196,49 @@ def _check_numbering(mapping: dict[str, str], key: str, least: int, site: str) -
 
 
 def _checked(model: type[M], document: Any, *, site: str, place: str, detail: str) -> M:
-    """Validate against a model; the sentence names keys, never a value, which could be a file name."""
+    """Validate against a model; the sentence names places of the schema alone.
+
+    Values may be file names, and keys are the hospital's own words: both go into the detail.
+    """
     try:
         return model.model_validate(document)
     except ValidationError as error:
         found = error.errors()
         # a misspelt key also leaves the right one missing: say the cause
         first = next((item for item in found if item["type"] == "extra_forbidden"), found[0])
-        # Keys are the hospital's own words and may be names of patients: only those of the schema are told.
-        known_words = {*DatasetJson.model_fields, *CaseEntry.model_fields, *SplitFractions.model_fields}
-        parts = (
-            place,
-            *(part if isinstance(part, int) or part in known_words else "?" for part in first["loc"]),
+        path = _schema_place(model, place, first["loc"])
+        text = "\n".join(
+            brief(line, 300) for line in f"{detail}: {error}".removeprefix(": ").splitlines()[:_LINES]
         )
-        path = ".".join(str(part) for part in parts if part != "")
-        text = f"{detail}: {error}" if detail else str(error)
         if first["type"] == "extra_forbidden":
-            known = CaseEntry.model_fields if model is CaseEntry else DatasetJson.model_fields
-            hint = nearest(str(first["loc"][-1]), known)
-            home = path.rpartition(".")[0]
-            where = f" in '{home}'" if home else ""
+            owner = SplitFractions if first["loc"][:-1] == ("split",) else model
+            key = brief(str(first["loc"][-1]))
+            where = f" in '{path}'" if path else ""
             raise DataError(
-                f"{site}: dataset.json has an unknown key{where}. {hint} "
-                "`wardround site check` at the site says which.", detail=text, site=site,
-            ) from error  # fmt: skip
+                f"{site}: dataset.json has an unknown key{where}. {nearest(key, owner.model_fields)} "
+                "`wardround site check` at the site says which.",
+                detail=f"unknown key '{key}'; {text}",
+                site=site,
+            ) from error
         if first["type"] == "missing":
             raise DataError(
                 f"{site}: dataset.json lacks '{path}'. Add it (docs/data.md).", detail=text, site=site
             ) from error
         raise DataError(
-            f"{site}: bad value for '{path or 'the whole'}' in dataset.json: {first['msg']}. Correct it.",
+            f"{site}: bad value for '{path or 'the whole'}' in dataset.json: {first['msg']}. Correct it; "
+            "`wardround site check` at the site says more.",
             detail=text,
             site=site,
         ) from error
+
+
+def _schema_place(model: type[BaseModel], place: str, loc: tuple[int | str, ...]) -> str:
+    """Return the part of an error's place that is the schema's own: up to the first key that is the site's."""
+    parts = [place] if place else []
+    owner: type[BaseModel] | None = model
+    for part in loc:
+        if owner is None or part not in owner.model_fields:
+            break
+        parts.append(str(part))
+        owner = SplitFractions if part == "split" else None
+    return ".".join(parts)

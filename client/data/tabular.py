@@ -7,6 +7,7 @@ here.
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,8 +15,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from common.config import brief
 from common.errors import DataError, nearest
 
+_LISTED = 50  # columns in a hint
 MISSING_WORDS = frozenset({"", "nan", "na", "n/a", "?", "none", "null"})
 
 
@@ -75,25 +78,7 @@ def read_table(spec: TableSpec, site: str) -> Table:
     """
     header, rows = _read_rows(spec, site)
     place = {name: index for index, name in enumerate(header)}
-    wanted = [*spec.features, spec.target, *(name for name in (spec.split_column, spec.group_column) if name)]
-    # The header may be anything, the first patient's row where a table has none: it is told at the site alone.
-    for name in wanted:
-        if name not in place:
-            which = f"the declared column '{name}'" if name in spec.features else "a declared column"
-            raise DataError(
-                f"{site}: the table lacks {which}; it has {len(header)} columns. Correct dataset.json, or give the table "
-                "a line of headings; `wardround site check` at the site says more.",
-                detail=f"{spec.path}: no column '{name}'. {nearest(name, header)}",
-                site=site,
-            )
-    for name in spec.missing_values:
-        if name not in spec.features:
-            raise DataError(
-                f"{site}: 'missing_values' of dataset.json names a column that is no feature. Correct it; "
-                "`wardround site check` at the site says which.",
-                detail=f"'{name}'. {nearest(name, spec.features)}",
-                site=site,
-            )
+    _refuse_unknown_columns(spec, header, site)
     bad: list[BadCell] = []
     values = np.full((len(rows), len(spec.features)), np.nan)
     for column, name in enumerate(spec.features):
@@ -176,6 +161,37 @@ def fit_standardiser(
         scale[column] = spread if standardise and not constant else 1.0
         fill[column] = float(np.median(measured)) if missing == "median" else mean[column]
     return Standardiser(fill, mean, scale)
+
+
+def _refuse_unknown_columns(spec: TableSpec, header: list[str], site: str) -> None:
+    """Refuse columns that are not there; the sentence never quotes the header.
+
+    Of a file without a header line, the "names" are the first patient's row.
+    """
+    wanted = [*spec.features, spec.target, *(name for name in (spec.split_column, spec.group_column) if name)]
+    for name in wanted:
+        if name not in header:
+            which = f"the declared column '{brief(name)}'" if name in spec.features else "a declared column"
+            raise DataError(
+                f"{site}: the table lacks {which}; it has {len(header)} columns. Correct dataset.json, or give "
+                "the table a line of headings; `wardround site check` at the site says more.",
+                detail=f"{spec.path}: no column '{brief(name)}'. {_hint(name, header)}",
+                site=site,
+            )
+    for name in spec.missing_values:
+        if name not in spec.features:
+            raise DataError(
+                f"{site}: 'missing_values' of dataset.json names a column that is no feature. Correct it; "
+                "`wardround site check` at the site says which.",
+                detail=f"'{brief(name)}'. {_hint(name, spec.features)}",
+                site=site,
+            )
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    """Return the nearest of the known names and the first of them, as the hospital's own terminal may show them."""
+    more = f" {len(known)} in all." if len(known) > _LISTED else ""
+    return nearest(brief(name), dict.fromkeys(map(brief, known[:_LISTED]))) + more
 
 
 def _read_rows(spec: TableSpec, site: str) -> tuple[list[str], list[list[str]]]:

@@ -298,3 +298,26 @@ def test_datalist_costs_no_torch():
     code = "import sys, client.data.datalist, common.federation, common.site_summary; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {PATIENT: 1},
+        {"split": {PATIENT: 1}},
+        {"training": [{"image": "i", PATIENT: 1}]},
+        {"missing_values": {PATIENT: "many"}},
+    ],
+)
+def test_a_key_is_told_at_the_site_alone(tmp_path, keys):
+    listed(tmp_path, 1)
+    error = refused(tmp_path, **keys)
+    assert PATIENT not in str(error)
+    assert PATIENT in error.detail
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"numTest": ' + "9" * 5000 + "}"])
+def test_a_description_that_json_cannot_follow_is_refused(tmp_path, text):
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(DataError, match=r"alpha: dataset\.json cannot be read"):
+        read_datalist(tmp_path, "alpha")

@@ -153,3 +153,14 @@ def test_cell_texts_are_not_kept(tmp_path):
     found = read_table(TableSpec(tmp_path / "table.csv", ("age", "chol"), "target"), "alpha")
     assert PATIENT not in repr(found)
     assert (found.bad[0].row, found.bad[0].column) == (0, "age")
+
+
+def test_the_header_is_told_at_the_site_alone(tmp_path):
+    """Of a table without headings the "columns" are the first patient's row."""
+    table_site(tmp_path, [])
+    (tmp_path / "table.csv").write_text(f"{PATIENT},\x1b[2J,0,training\n1,2,0,training\n")
+    with pytest.raises(DataError, match="lacks the declared column 'age'; it has 4 columns") as caught:
+        read_datalist(tmp_path, "alpha")
+    assert PATIENT not in str(caught.value)
+    assert PATIENT in caught.value.detail
+    assert "\x1b" not in caught.value.detail

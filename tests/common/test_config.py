@@ -180,7 +180,7 @@ def test_numbers_that_json_does_not_have_are_refused(number):
         {},
         optional={
             "seed": st.integers(0, 2**32 - 1),
-            "sites": st.lists(st.from_regex(r"[A-Za-z0-9._-]{1,8}", fullmatch=True), max_size=3),
+            "sites": st.lists(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,7}", fullmatch=True), max_size=3),
             "params": st.dictionaries(
                 st.sampled_from("abc"), st.integers() | st.floats(allow_nan=False, allow_infinity=False)
             ),
@@ -339,3 +339,40 @@ def test_any_mapping_gives_a_config_or_our_own_error(mapping):
 def test_an_error_without_a_place_names_the_document():
     with pytest.raises(ConfigError, match="Bad value for 'DataConfig': Value error, spatial_dims 0"):
         checked(DataConfig, {"spatial_dims": 0, "patch": []})
+
+
+@pytest.mark.parametrize("alias", ["..", "-a", ".hidden", "a/b", "", "x" * 65, "alpha\n"])
+def test_a_site_that_no_alias_can_be_is_refused(alias):
+    with pytest.raises(ConfigError, match=r"Bad value for 'sites\.0'"):
+        run(sites=[alias])
+
+
+@pytest.mark.parametrize("place", [("model", "name"), ("data", "orientation")])
+@pytest.mark.parametrize("name", ["", "x" * 81, "\x1b[2J", "a\u202eb"])
+def test_every_name_is_short_and_printable(place, name):
+    section, key = place
+    with pytest.raises(ConfigError, match=rf"Bad value for '{section}\.{key}'") as caught:
+        run(**{section: {key: name}})
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("key", ["deadline", "ready_timeout", "probe", "poll"])
+def test_a_wait_that_no_clock_can_hold_is_refused(key):
+    with pytest.raises(ConfigError, match=rf"Bad value for 'rounds\.{key}'"):
+        run(rounds={key: 1e300})
+
+
+def test_deep_parameters_are_refused_before_they_are_written():
+    with pytest.raises(ConfigError, match="nested more than 100 levels"):
+        RunConfig.from_json('{"params": {"a": ' + "[" * 500 + "]" * 500 + "}}")
+
+
+def test_a_number_that_python_does_not_write_is_refused():
+    with pytest.raises(ConfigError, match=r"Bad value for 'seed'.*thousands of digits"):
+        run(seed=10**5000)
+
+
+@pytest.mark.parametrize("text", ['{"seed": 1, "seed": 1}', '{"train": {"lr": 1, "lr": 2}}'])
+def test_a_key_given_twice_is_named(text):
+    with pytest.raises(ConfigError, match=r"Key '(seed|lr)' is given twice"):
+        RunConfig.from_json(text)
