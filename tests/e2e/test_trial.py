@@ -1,6 +1,5 @@
 """The main job, for real: SuperLink, SuperNodes, relays and workers as processes, TLS and keys, on tiny volumes."""
 
-import os
 import signal
 import subprocess
 import sys
