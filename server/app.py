@@ -12,6 +12,7 @@ import logging
 import os
 import resource
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -30,6 +31,8 @@ from server.strategy import MethodStrategy
 log = logging.getLogger("wardround.server")
 app = ServerApp()
 ALONE_SECONDS = 60.0
+PARENT_SECONDS = 0.5
+ORPHANED = 9
 
 
 def run_folder(run: str) -> Path:
@@ -62,6 +65,22 @@ def alone(folder: Path) -> int:
             return handle
 
 
+def end_with_parent() -> None:
+    """End this process at once when what started it is gone.
+
+    Flower looks for that, too, but ends in good order, and then waits for a SuperLink that may be gone as well: for
+    minutes, in which its successor cannot begin.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
+        os._exit(ORPHANED)
+
+    threading.Thread(target=watch, daemon=True, name="parent").start()
+
+
 def read_config(context: Context, folder: Path) -> RunConfig:
     """Return the run's configuration: Flower's run config, else the run folder's config.json, else the defaults.
 
@@ -82,6 +101,7 @@ def main(grid: Grid, context: Context) -> None:
     if os.environ.get("WARDROUND_RUNTIME", "fast") == "fast":
         for warning in flower_fast.apply(role="server"):
             log.warning("%s", warning)
+    end_with_parent()
     run = os.environ.get("WARDROUND_RUN_ID") or f"run-{context.run_id}"
     folder = run_folder(run)
     events = EventLog(folder / "events.jsonl", "server", run=run)
