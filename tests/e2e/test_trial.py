@@ -174,9 +174,17 @@ def test_stock_parts_work_too_and_two_trials_run_at_once(data, tmp_path):
     ).read_bytes()
 
 
-def begin(data, out, *more):
+# A shell that starts these tests in the background has its children ignore Ctrl-C, and so would the command.
+HEARING = (
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])",
+)
+
+
+def begin(data, out, *more, before=()):
     run = subprocess.Popen(
-        command("trial", data, out, "--rounds", "200", *more),
+        [*before, *command("trial", data, out, "--rounds", "200", *more)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -192,7 +200,7 @@ def begin(data, out, *more):
 
 def test_ctrl_c_stops_everything(data, tmp_path):
     out = tmp_path / "out"
-    run = begin(data, out, "--sites", "2")
+    run = begin(data, out, "--sites", "2", before=HEARING)
     run.send_signal(signal.SIGINT)
     text, _ = run.communicate(timeout=60)
     assert run.returncode == 130
