@@ -134,12 +134,12 @@ def test_a_silent_site_is_waited_for_until_the_deadline_and_then_named(federatio
         return SILENT if alias == "beta" and round_ == 2 else parts
 
     config = table_config()
-    config = config.model_copy(update={"rounds": config.rounds.model_copy(update={"deadline": 3.0})})
+    config = config.model_copy(update={"rounds": config.rounds.model_copy(update={"deadline": 0.8})})
     loop = federation.run(config, link=MemoryLink(federation.open_sites(), tamper=silence))
     assert loop.done == 3
     failed = [event for event in federation.events() if event["event"] == "site.failed"]
     assert [(event["site"], event["round"], event["code"]) for event in failed] == [("beta", 2, "deadline")]
-    assert loop.history[1].seconds >= 3.0
+    assert loop.history[1].seconds >= 0.8
 
 
 def spoil(federation, name, change):
