@@ -7,13 +7,19 @@ from collections.abc import Iterable
 from client.site_config import Policy
 from common.errors import PolicyError, nearest
 from common.method import Method
-from common.payload import Payload
+from common.payload import Payload, PayloadSpec
 
 ANY = "*"
 
 
-def take_part(policy: Policy, site: str, method: Method) -> None:
+def take_part(policy: Policy, site: str, method: Method, specs: Iterable[PayloadSpec]) -> None:
     """Check that the site takes part in a method and lets its payloads out, before any work is done.
+
+    Args:
+        policy: The hospital's policy.
+        site: Its alias.
+        method: The method.
+        specs: What the method sends with the run's parameters.
 
     Raises:
         PolicyError: It does not, naming the method or the payload kind.
@@ -24,7 +30,7 @@ def take_part(policy: Policy, site: str, method: Method) -> None:
             f"{nearest(method.name, policy.methods)}",
             site=site,
         )
-    for spec in method.server.uplink:
+    for spec in specs:
         if ANY not in policy.kinds and spec.kind not in policy.kinds:
             raise PolicyError(
                 f"{site}: method '{method.name}' sends payloads of kind '{spec.kind}', which the site's policy keeps in.",

@@ -28,7 +28,7 @@ from common.config import RunConfig
 from common.errors import DataError, MismatchError, PayloadError
 from common.events import EventLog
 from common.frames import Parts
-from common.method import PERSONAL, Method, RoundContext, SiteHalf, make_halves
+from common.method import PERSONAL, Method, RoundContext, ServerHalf, SiteHalf, make_halves
 from common.methods import get_method
 from common.models import build_model, parameter_groups, template
 from common.payload import State, Tensors
@@ -50,6 +50,7 @@ class Session:
     text: str
     config: RunConfig
     method: Method
+    server: ServerHalf
     half: SiteHalf
     dataset: SiteDataset
     trainer: Trainer
@@ -142,7 +143,7 @@ class Site:
     def _hello(self, envelope: Envelope) -> Envelope:
         config = RunConfig.from_json(envelope.config)
         method = get_method(config.method)
-        policy.take_part(self.config.policy, self.alias, method)
+        policy.take_part(self.config.policy, self.alias, method, make_halves(method, config)[0].uplink)
         self._require_same_versions(envelope, config, method)
         self._phase(0, "check")
         check = self.data.check(config.data)
@@ -177,6 +178,8 @@ class Site:
         self._phase(envelope.round, "train")
         result = half.train(trainer, envelope.payloads, state)
         clock.lap("train")
+        for phase, seconds in result.seconds.items():
+            clock.move("train", phase, seconds)
         payloads = {payload.name: payload for payload in result.payloads}
         session.states.write(
             envelope.round, join_states(method=result.state, optimizer=trainer.optimizer_state())
@@ -252,7 +255,8 @@ class Site:
             )
         config = RunConfig.from_json(text)
         method = get_method(config.method)
-        policy.take_part(self.config.policy, self.alias, method)
+        server, half = make_halves(method, config)
+        policy.take_part(self.config.policy, self.alias, method, server.uplink)
         dataset = self.data.open(config.data)
         network = build_model(config.model, config.data, seed=config.seed)
         groups = parameter_groups(network)
@@ -260,24 +264,25 @@ class Site:
             config, dataset, network, groups, get_task(config.data, config.train),
             device=self.device, amp=self._amp(), check_cancelled=lambda: self._check_cancelled(), on_progress=self._progress,
         )  # fmt: skip
-        server, half = make_halves(method, config)
         whole = template(network)
         travelling = dict(server.travelling(whole, groups))
         states = SiteStates(self.config.home / "state" / run)
-        self._session = Session(run, text, config, method, half, dataset, trainer, travelling, whole, states)
+        self._session = Session(
+            run, text, config, method, server, half, dataset, trainer, travelling, whole, states
+        )
         return self._session
 
     def _accept(self, envelope: Envelope, session: Session) -> None:
         """Check what came down before anything is done with it."""
         if not 1 <= envelope.round <= session.config.rounds.rounds + 1:
             raise PayloadError(f"{self.alias}: round {envelope.round} is no round.", site=self.alias)
-        specs = session.method.server.downlink
+        specs = session.server.downlink
         self.border.accept(envelope.payloads, specs, session.template, session.config.guard)
 
     def _release(self, reply: Envelope, envelope: Envelope) -> Parts:
         """Hand an answer to the border: what leaves is decided and noted there."""
         session = self._open(envelope.run, envelope.config)
-        specs = session.method.server.uplink
+        specs = session.server.uplink
         return self.border.release(reply, envelope.payloads, specs, session.template, session.config.guard)
 
     def _amp(self) -> bool:
@@ -336,6 +341,11 @@ class Clock:
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
+
+    def move(self, phase: str, other: str, seconds: float) -> None:
+        """Book seconds of a phase on another one."""
+        self.seconds[phase] -= seconds
+        self.seconds[other] = self.seconds.get(other, 0.0) + seconds
 
 
 def choose_device(name: str) -> torch.device:

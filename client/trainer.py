@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Protocol
 
@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from client.batches import without_single
 from client.compute import choose_precision, deterministic, evaluating, mixed, training
 from client.optimizers import LocalOptimizers
 from common.config import RunConfig
 from common.errors import ConfigError, DataError, TrainingError, nearest
-from common.method import FitStats, Groups, Hook, LossTerm, RoundContext
 from common.models import template
 from common.numerics.rng import derive_seed, forked_torch_rng
 from common.payload import State, Tensors, check_like
 from common.tasks import Sums, Task
+from common.work import FitStats, Groups, Hook, LossTerm, RoundContext
 
 # On CUDA, looking at the loss waits for the device; every so many steps is soon enough.
 LOOK_EVERY = 16
@@ -56,7 +57,9 @@ class Dataset(Protocol):
     def steps_per_epoch(self, batch_size: int) -> int:
         """Return how many batches an epoch has."""
 
-    def training_batches(self, *, seed: int, epoch: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    def training_batches(
+        self, *, seed: int, epoch: int, batch_size: int, augment: bool = True
+    ) -> Iterator[dict[str, Tensor]]:
         """Yield an epoch's batches, a function of the arguments alone."""
 
     def evaluation_cases(self, split: str) -> Iterator[Case]:
@@ -81,6 +84,8 @@ class Trainer:
         ctx: The round's context; round 0 before `begin`.
         model: The network on its device.
         cases: Training cases at the site.
+        likelihood: The task's cross-entropy as a loss of the logits.
+        lr: The run's learning rate.
     """
 
     def __init__(
@@ -103,6 +108,8 @@ class Trainer:
         self.task = task
         self.device = device
         self.cases = dataset.counts.get("training", 0)
+        self.likelihood = task.likelihood
+        self.lr = config.train.lr
         self.ctx = RoundContext("", 0, config.rounds.rounds, config.seed, dataset.site)
         self._template = template(network)
         self._precision = choose_precision(device, amp=amp)
@@ -141,6 +148,43 @@ class Trainer:
     def on_device(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """Return copies of tensors on the network's device (for loss terms)."""
         return {name: tensor.detach().to(self.device, copy=True) for name, tensor in tensors.items()}
+
+    @property
+    def visits(self) -> int:
+        """Return how many training samples (patches, pictures, rows) an epoch has."""
+        return self.dataset.steps_per_epoch(1)
+
+    @contextmanager
+    def inspecting(self) -> Iterator[nn.Module]:
+        """Lend the network in evaluation mode, in float32, with deterministic kernels."""
+        with deterministic(self.device), evaluating(self.model):
+            yield self.model
+
+    def samples(self, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (image, label) batches of a fixed set of training samples, on the device, without augmentation.
+
+        The set is a function of (seed, site) alone: the same in every round and for every caller.
+
+        Args:
+            most: Samples in the set; an epoch's at most.
+        """
+        left = min(most, self.visits)
+        planned = left
+        batches = self.dataset.training_batches(
+            seed=derive_seed("samples", self.ctx.seed, self.ctx.site),
+            epoch=0,
+            batch_size=self.config.train.batch_size,
+            augment=False,
+        )
+        with closing(batches):  # type: ignore[type-var]
+            for batch in batches:
+                self._check_cancelled()
+                image, label = batch["image"][:left], batch["label"][:left]
+                left -= len(label)
+                yield image.to(self.device), label.to(self.device)
+                self._on_progress(self._phase, planned - left, planned)
+                if left <= 0:
+                    return
 
     def optimizer_state(self) -> State:
         """Return the optimisers that are kept over the rounds; empty where `train.optimizer_state` is "fresh"."""
@@ -344,19 +388,3 @@ class Trainer:
 
     def _seed(self, kind: str, *number: int) -> int:
         return derive_seed(kind, self.ctx.seed, self.ctx.site, self.ctx.round, *number)
-
-
-def without_single(batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Yield batches, a last one of a single sample joined to the one before it.
-
-    A classifier's batch normalisation has no statistics over one sample.
-    """
-    held: dict[str, Tensor] | None = None
-    for batch in batches:
-        if held is not None and len(batch["label"]) == 1:
-            batch, held = {key: torch.cat([held[key], batch[key]]) for key in batch}, None
-        if held is not None:
-            yield held
-        held = batch
-    if held is not None:
-        yield held

@@ -18,19 +18,20 @@ reduces each payload as its spec says, or as the run's guard says; most methods 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.config import GuardConfig, RunConfig, checked
-from common.errors import ConfigError, PayloadError, nearest
+from common.errors import PayloadError
 from common.numerics.robust import coordinate_median, trimmed_mean
 from common.payload import Kind, Payload, Payloads, PayloadSpec, Reduce, State, Template, Tensors
 from common.shelf import Shelf
+from common.work import Groups, LossTerm, RoundContext, SiteResult, SiteWork
 
 GLOBAL = "global"
 PERSONAL = "personal"
@@ -41,46 +42,6 @@ class MethodParams(BaseModel):
     """Base of a method's parameters: frozen; fields named after the paper's symbols, with range and description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-@dataclass(frozen=True)
-class RoundContext:
-    """What both halves know about the moment.
-
-    Attributes:
-        run: Run identifier.
-        round: 1-based round; the closing evaluation carries rounds + 1.
-        rounds: Rounds of the run.
-        seed: The run's seed.
-        site: Alias of the site concerned ("" at the server when no site is).
-    """
-
-    run: str
-    round: int
-    rounds: int
-    seed: int
-    site: str = ""
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Parameter groups of a network by name: state-dict keys. A key may be in several groups.
-
-    Groups that every network has: extractor and head (together all parameters), norm (parameters and buffers of
-    normalisation layers), buffers (all buffers). U-shaped nets add encoder and decoder.
-    """
-
-    names: Mapping[str, tuple[str, ...]]
-
-    def __getitem__(self, group: str) -> tuple[str, ...]:
-        """Return the state-dict keys of a group.
-
-        Raises:
-            ConfigError: Unknown group.
-        """
-        if group not in self.names:
-            raise ConfigError(f"Unknown parameter group '{group}'. {nearest(group, self.names)}")
-        return self.names[group]
 
 
 @dataclass
@@ -100,6 +61,7 @@ class Accumulator:
         sums: Running sums (float64) by payload and tensor name; `weights` are their weights by payload.
         kept: The sites' own tensors by payload, where the reduction needs all of them at once; used up by `finish`.
         cases: Training cases of all `sites`, which are in the order of folding.
+        extra: What a method's own `begin` and `fold` keep for its `finish`.
     """
 
     sums: dict[str, Tensors] = field(default_factory=dict)
@@ -107,6 +69,7 @@ class Accumulator:
     kept: dict[str, Shelf] = field(default_factory=dict)
     cases: int = 0
     sites: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class ServerHalf:
@@ -117,12 +80,13 @@ class ServerHalf:
     `reduction` itself if the run's guard is to hold for it.
 
     Attributes:
+        downlink, uplink: What each site receives and sends; an instance may have its own, by its parameters.
         robust: The run's guard; `reduce` and `trim` of it say how case-weighted means are replaced. Set on the
             instance (`make_halves`, the round loop); the default changes nothing.
     """
 
-    downlink: ClassVar[tuple[PayloadSpec, ...]] = (PayloadSpec("model", Kind.MODEL, Reduce.NONE),)
-    uplink: ClassVar[tuple[PayloadSpec, ...]] = (PayloadSpec("model", Kind.MODEL, Reduce.WEIGHTED_MEAN),)
+    downlink: tuple[PayloadSpec, ...] = (PayloadSpec("model", Kind.MODEL, Reduce.NONE),)
+    uplink: tuple[PayloadSpec, ...] = (PayloadSpec("model", Kind.MODEL, Reduce.WEIGHTED_MEAN),)
     robust: GuardConfig = GuardConfig()
 
     def __init__(self, params: Any) -> None:
@@ -236,88 +200,6 @@ class ServerHalf:
     def model(self, state: State) -> Tensors | None:
         """Return the global model to save, or None if the method has none."""
         return state.part("model") or None
-
-
-@dataclass
-class FitStats:
-    """What a call of the local loop did: steps taken, samples seen, mean training loss, seconds."""
-
-    steps: int
-    samples: int
-    loss: float
-    seconds: float
-
-
-LossTerm = Callable[[nn.Module], Tensor]
-Hook = Callable[[nn.Module], None]
-
-
-class SiteWork(Protocol):
-    """What the worker offers a site half during a round: the network, the data, the one local loop.
-
-    Attributes:
-        ctx: The round's context, with this site's alias.
-        model: The network on the site's device; `load` and `fit` change it.
-        groups: Its parameter groups.
-    """
-
-    ctx: RoundContext
-    model: nn.Module
-    groups: Groups
-
-    @property
-    def cases(self) -> int:
-        """Number of training cases at the site."""
-
-    def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Load a complete state dict (CPU tensors) into the network."""
-
-    def weights(self) -> Tensors:
-        """Return a detached copy of the network's state dict on the CPU."""
-
-    def on_device(self, tensors: Mapping[str, Tensor]) -> Tensors:
-        """Return copies of tensors on the network's device (for loss terms)."""
-
-    def fit(
-        self,
-        *,
-        stream: str = "main",
-        epochs: int | None = None,
-        steps: int | None = None,
-        loss_term: LossTerm | None = None,
-        after_backward: Hook | None = None,
-        after_step: Hook | None = None,
-        lr_scale: float = 1.0,
-        trainable: Sequence[str] | None = None,
-    ) -> FitStats:
-        """Train the network in place with the run's optimiser.
-
-        The batches of (seed, site, round) are the same for every stream, so two branches of a method see the same
-        data in the same order; a stream has its own optimiser state.
-
-        Args:
-            stream: Name of the branch of the method.
-            epochs: Local epochs; the run's own number where None.
-            steps: Exact number of steps instead of epochs (the data is cycled).
-            loss_term: Added to the task's loss; receives the network.
-            after_backward: Called between backward and the optimiser's step (gradients are in place).
-            after_step: Called after the optimiser's step.
-            lr_scale: Factor on the run's learning rate.
-            trainable: State-dict keys to train; the others are frozen. All where None.
-        """
-
-    def progress(self, phase: str) -> None:
-        """Tell the operator what the site is doing now (a short fixed word)."""
-
-
-@dataclass
-class SiteResult:
-    """What a site half gives back: what leaves (payloads, case count) and what stays (state)."""
-
-    payloads: list[Payload]
-    state: State
-    cases: int
-    stats: FitStats | None = None
 
 
 class SiteHalf:

@@ -20,9 +20,9 @@ from client.site_config import read_site_config
 from common.config import RunConfig
 from common.errors import ConfigError, DataError, nearest
 from common.federation import FEDERATION_FILE, Federation, find_sites, read_federation
-from common.method import Method
+from common.method import Method, RoundContext, make_halves
 from common.methods import get_method
-from common.models import build_model
+from common.models import build_model, parameter_groups
 from common.store import write_bytes
 from common.tasks import get_task
 from ops.flower_commands import Transport
@@ -117,9 +117,10 @@ def make_plan(options: Options, root: Path, out: Path, *, runtime: str) -> Plan:
         raise ConfigError(
             f"The data is for task '{config.data.task}', '--task {options.task}' was asked. Leave --task out, or give other data."
         )
-    build_model(
-        config.model, config.data, seed=config.seed
-    )  # what cannot be built is refused before anything starts
+    # what cannot be built is refused before anything starts
+    network = build_model(config.model, config.data, seed=config.seed)
+    context = RoundContext("", 0, config.rounds.rounds, config.seed)
+    make_halves(method, config)[0].init(dict(network.state_dict()), parameter_groups(network), context)
     get_task(config.data, config.train)
     return Plan(config, method, federation, sites, out, runtime)
 

@@ -58,6 +58,7 @@ PHASES = {
     "train": "Train",
     "personal": "Train the personal model",
     "evaluate": "Evaluate",
+    "sketch": "Fisher sketch",
     "save": "Save state",
     "encode": "Encode",
     "decode": "Decode",
@@ -70,6 +71,7 @@ DOING = {
     "evaluate": "evaluating",
     "train": "training",
     "personal": "training the personal model",
+    "sketch": "measuring the Fisher information",
     "send": "sending",
     "idle": "waiting",
 }

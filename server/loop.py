@@ -312,7 +312,7 @@ class RoundLoop:
 
     def _check_round(self, envelope: Envelope, number: int, site: str) -> float:
         """Check a round's payloads by all that is known of them, and return the norm of the update."""
-        specs, guard = self.method.server.uplink, self.config.guard
+        specs, guard = self.server.uplink, self.config.guard
         check_payloads(envelope.payloads, specs, self.template, who=site)
         check_size(envelope.payloads, guard, who=site)
         context = self._context(number, site)

@@ -265,8 +265,8 @@ class MethodStrategy(Strategy):
                 if self._loop().roster.nodes.keys().isdisjoint({envelope.site}) or envelope.run != self.run:
                     raise WardroundError("It is from no site of this run.")
                 if payloads:
-                    expected = self._loop().template
-                    check_payloads(envelope.payloads, self.method.server.uplink, expected, who=envelope.site)
+                    loop = self._loop()
+                    check_payloads(envelope.payloads, loop.server.uplink, loop.template, who=envelope.site)
             except WardroundError as error:
                 log.error("a reply is left out: %s", error)
                 continue

@@ -94,13 +94,16 @@ class SiteDataset:
         """Return how many batches `training_batches` yields."""
         return -(-self.counts["training"] * self._visits // batch_size)
 
-    def training_batches(self, *, seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
+    def training_batches(
+        self, *, seed: int, epoch: int, batch_size: int, augment: bool = True
+    ) -> Iterator[Batch]:
         """Yield an epoch's batches; the last one may be smaller.
 
         Args:
             seed: Of the run (or of site and round: whatever the trainer derives).
             epoch: Number of the epoch; another one draws another order and other patches.
             batch_size: Patches, images or rows a batch.
+            augment: False leaves flips and intensity changes out.
 
         Yields:
             "image" float32 (B, C, *patch) or (B, F); "label" int64 (B, 1, *patch) for segmentation, else
@@ -114,7 +117,7 @@ class SiteDataset:
         if self._rows is not None:
             yield from self._row_batches([cases[place] for place in order], batch_size)
             return
-        random = RandomPart(self._config)
+        random = RandomPart(self._config, augment=augment)
         waiting: list[tuple[Tensor, Tensor]] = []
         for case, item in self._ahead([cases[place] for place in order], training=True):
             waiting += random.draw(item, int(_generator(seed, epoch, 1 + case.index).integers(2**32)))

@@ -172,9 +172,13 @@ class RandomPart:
     """The drawn part: patches of a case, flips and intensity changes, as batches want them.
 
     One instance serves one thread at a time.
+
+    Args:
+        config: The run's data settings.
+        augment: False leaves flips and intensity changes out, whatever the settings say.
     """
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, *, augment: bool = True) -> None:
         self._config = config
         count, patch = config.patches_per_case, config.patch
         ratio = config.foreground_ratio
@@ -189,7 +193,7 @@ class RandomPart:
             bg_indices_key="outside",
         )
         self._anywhere = RandSpatialCropSamplesd(_KEYS, roi_size=patch, num_samples=count, random_size=False)
-        self._change = Compose(_changes(config)) if config.augment else None
+        self._change = Compose(_changes(config)) if config.augment and augment else None
 
     def draw(self, item: Item, seed: int) -> list[tuple[Tensor, Tensor]]:
         """Return each patch: image float32 (C, *patch), label int64 (1, *patch) or (); fixed by the seed."""

@@ -8,9 +8,12 @@ from common.methods.ditto import DITTO
 from common.methods.fedavg import FEDAVG
 from common.methods.fedbn import FEDBN
 from common.methods.fedprox import FEDPROX
+from common.methods.fipa import FIPA
 from common.methods.local_only import LOCAL_ONLY
 
-METHODS: dict[str, Method] = {method.name: method for method in (DITTO, FEDAVG, FEDBN, FEDPROX, LOCAL_ONLY)}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (DITTO, FEDAVG, FEDBN, FEDPROX, FIPA, LOCAL_ONLY)
+}
 
 
 def get_method(name: str) -> Method:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from common.config import DataConfig, TrainConfig
+from common.numerics.curvature import OutputLoss
 from common.tasks.sums import Sums
 from common.tasks.task import Meter, Predictor, Task
 
@@ -38,6 +39,7 @@ class Classification(Task):
         self.primary = primary
         self.classes = data.labels
         self._weights = None if train.class_weights is None else torch.tensor(train.class_weights)
+        self.likelihood = OutputLoss("softmax", self._weights)
 
     def loss(self, output: Tensor, label: Tensor) -> Tensor:
         """Return the (weighted) mean cross-entropy; see `Task.loss`."""

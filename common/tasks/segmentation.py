@@ -26,6 +26,7 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou
 from torch import Tensor
 
 from common.config import DataConfig, TrainConfig
+from common.numerics.curvature import OutputLoss
 from common.tasks.sums import Sums, add_sums
 from common.tasks.task import Predictor, Task
 
@@ -48,12 +49,14 @@ class Segmentation(Task):
 
     def __init__(self, data: DataConfig, train: TrainConfig) -> None:
         self._classes = data.labels
+        weights = None if train.class_weights is None else torch.tensor(train.class_weights)
+        self.likelihood = OutputLoss("softmax", weights)
         self._loss = DiceCELoss(
             softmax=True,
             to_onehot_y=True,
             include_background=False,
             batch=True,
-            weight=None if train.class_weights is None else torch.tensor(train.class_weights),
+            weight=weights,
         )
         self._inferer = SlidingWindowInferer(
             roi_size=data.patch,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from common.numerics.curvature import OutputLoss
 from common.tasks.sums import Sums, add_sums
 
 Predictor = Callable[[Tensor], Tensor]
@@ -17,9 +18,11 @@ class Task(ABC):
 
     Attributes:
         primary: Name of the main figure, larger is better.
+        likelihood: The cross-entropy in the loss, as a loss of the logits: what Fisher information is about.
     """
 
     primary: str
+    likelihood: OutputLoss
 
     @abstractmethod
     def loss(self, output: Tensor, label: Tensor) -> Tensor:
