@@ -40,7 +40,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from common.errors import ConfigError, PayloadError
+from common.errors import ConfigError, PayloadError, TrainingError
 from common.fisher import (
     EXACT,
     Stack,
@@ -288,8 +288,14 @@ class FIPAServer(ServerHalf):
         mean = flatten(new, names).to(torch.float64).sub_(theta)
         if stack is not None:
             self._recall(stack, state, ctx)
-            with stack.sketches as sketches:
-                step = self._step(sketches.blocks(), *stack.weigh(), mean)
+            try:
+                with stack.sketches as sketches:
+                    step = self._step(sketches.blocks(), *stack.weigh(), mean)
+            except ValueError as error:
+                raise PayloadError(
+                    f"Round {ctx.round}: the sites' Fisher sketches cannot be combined; their values are beyond all "
+                    "measure. Lower train.lr, or raise fipa's damping.", detail=str(error),
+                ) from error  # fmt: skip
         elif self.params.fallback == 1:
             step = None  # the base method's result, to the bit
         else:
@@ -311,10 +317,6 @@ class FIPAServer(ServerHalf):
             blocks, sigma, a, mean, beta=params.beta, damping=params.damping, gamma=params.gamma,
             scaled=params.convention == "code", rcond=params.rcond, fallback=params.fallback,
         )  # fmt: skip
-
-    def model(self, state: State) -> Tensors | None:
-        """Return the base method's global model."""
-        return self.base.model(state)
 
     def _recall(self, stack: Stack, state: State, ctx: RoundContext) -> None:
         """Let the last sketches of missing sites keep their say, discounted by age: they ask to stay where θ is."""
@@ -352,10 +354,6 @@ class FIPASite(SiteHalf):
         """Return the base method's state."""
         return self.base.init(work)
 
-    def start(self, received: Payloads, state: State) -> Tensors:
-        """Return the base method's starting point."""
-        return self.base.start(received, state)
-
     def models(self, received: Payloads, state: State) -> dict[str, Tensors]:
         """Return the base method's models."""
         return self.base.models(received, state)
@@ -370,9 +368,16 @@ class FIPASite(SiteHalf):
         if not params.rank:
             return self.base.train(self._tuned(work, names, None), received, state)
         started = time.perf_counter()
-        work.load(self.start(received, state))
+        work.load(self.base.start(received, state))
         work.progress(SKETCH)
-        sketch, basis, steps = self._sketch(work, received, names, state.part(OWN).get("basis"))
+        try:
+            sketch, basis, steps = self._sketch(work, received, names, state.part(OWN).get("basis"))
+        except ValueError as error:
+            raise TrainingError(
+                f"{work.ctx.site}: the Fisher information of the received model cannot be measured; its outputs or "
+                "derivatives are probably not finite. Lower train.lr, or raise fipa's damping.",
+                site=work.ctx.site, detail=str(error),
+            ) from error  # fmt: skip
         state = state.having(OWN, {} if basis is None else {"basis": basis.to("cpu", copy=True)})
         seconds = time.perf_counter() - started
         work.progress("train")

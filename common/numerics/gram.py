@@ -114,30 +114,6 @@ def solve(G: Tensor, sigma: Tensor, a: Tensor, *, beta: float = 0.0, rcond: floa
     return root * _apply_inverse(K, root * a, shift=beta / largest, rcond=rcond)
 
 
-def project(G: Tensor, v: Tensor, *, rcond: float = 1e-10) -> Tensor:
-    """Return the coefficients d of the orthogonal projection Vᵀ d of a vector x onto the span of V's rows.
-
-    The rows are scaled to unit length first, because their span does not depend on it.
-
-    Args:
-        G: V Vᵀ (R, R), float64; its lower triangle is used.
-        v: V x (R,), finite.
-        rcond: Directions of the scaled rows with at most this share of the largest eigenvalue of their Gram matrix
-            count as no part of the span, 0 ≤ rcond < 1. Below R times the rounding of float64 it is taken as that.
-
-    Returns:
-        d (R,), float64 on the CPU.
-
-    Raises:
-        ValueError: As `solve`.
-    """
-    G, v = _checked(G, v, "v")
-    _check_share(rcond)
-    length = G.diagonal().sqrt()
-    unit = torch.where(length > 0, 1 / length, 0.0)
-    return unit * _apply_inverse(unit[:, None] * G * unit, unit * v, shift=0.0, rcond=rcond)
-
-
 def combine(blocks: Blocks, coefficients: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield Vᵀ c block by block.
 

@@ -7,7 +7,7 @@ FOLDER). Measured are, each in a process of its own forked after the file was wr
 
     floor          V Vᵀ by BLAS, summed in float64, and nothing else: reading, conversion and syrk
     step           G, the solution and Vᵀ c: the whole step of the paper
-    step+fallback  the same, with V x in the first pass and the projection of x in the second
+    step+fallback  the same with a fallback: V x in the first pass, and x in the second
 
 Targets at scale 1: a step takes at most twice the floor, and at most 1 GB beside what the process held before it.
 One thread computes. Ratios are of the floor of the same turn, since other work on the machine moves both.
@@ -33,7 +33,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from common.numerics.gram import combine, gram, project, solve
+from common.numerics.gram import combine, gram, solve
 from common.numerics.rng import generator
 from common.sketches import SketchFile
 from tests.bench.environment import write
@@ -97,12 +97,8 @@ def step(sketches: SketchFile, watch: Watch, size: int, *, fallback: bool) -> di
     blocks = sketches.blocks()
     G, along = gram(blocks, None if mean is None else lambda where: mean[where])
     summed = time.perf_counter()
-    c = solve(G, sigma, a, beta=0.01)
-    if mean is None:
-        update = torch.empty(size, dtype=torch.float64)
-    else:
-        c -= SHARE * project(G, along)
-        update = mean * SHARE
+    c = solve(G, sigma, a - SHARE * along, beta=0.01)
+    update = torch.empty(size, dtype=torch.float64) if mean is None else mean * SHARE
     solved = time.perf_counter()
     for where, part in combine(blocks, c):
         if mean is None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.numerics import gram as module
-from common.numerics.gram import combine, gram, project, solve
+from common.numerics.gram import combine, gram, solve
 from common.numerics.quantise import pack, unpack
 from tests.common.strategies import bits
 
@@ -217,14 +217,11 @@ def test_with_beta_small_eigenvalues_are_damped_and_not_cut():
 
 def test_one_site_of_full_rank_gives_its_update_unchanged():
     rng = np.random.default_rng(2)
-    U, lam = eigen(psd(9, rng))
-    move = rng.standard_normal(9)
+    (U, lam), move = eigen(psd(9, rng)), rng.standard_normal(9)
     close(step(U, lam, U @ move), move, 1e-11)
     shrunk = U.T @ (lam / (lam + 0.5) * (U @ move))
     close(step(U, lam, U @ move, beta=0.5), shrunk, 1e-12)
-    close(
-        step(U[:4], lam[:4], U[:4] @ move), U[:4].T @ U[:4] @ move, 1e-12
-    )  # of low rank: its part in the span
+    close(step(U[:4], lam[:4], U[:4] @ move), U[:4].T @ U[:4] @ move, 1e-12)  # of low rank
 
 
 def test_equal_matrices_of_full_rank_give_the_weighted_mean():
@@ -303,36 +300,6 @@ def test_weights_of_zero_and_rows_of_zero_take_no_part():
     assert not step(np.zeros((0, 12)), np.zeros(0), np.zeros(0)).any()
 
 
-# ---- the projection --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [5, 8, 40])
-def test_the_projection_is_that_of_least_squares(size):
-    rng = np.random.default_rng(size)
-    V, x = rng.standard_normal((6, 40)), rng.standard_normal(40)
-    V[4] = V[0] - 2 * V[3]
-    V[5] = 0
-    V *= 10.0 ** np.array([[0], [-6], [3], [0], [2], [0]])  # the span does not depend on lengths
-    G, v = gram(cut(V, size), lambda where: torch.from_numpy(x)[where])
-    got = whole(cut(V, size), project(G, v)).numpy()
-    basis = V[:4] / np.linalg.norm(V[:4], axis=1)[:, None]
-    close(got, basis.T @ np.linalg.lstsq(basis.T, x, rcond=None)[0], 1e-12)
-    assert np.abs(basis @ (x - got)).max() < 1e-12
-    again = gram(cut(V, size), lambda where: torch.from_numpy(got)[where])[1]
-    close(whole(cut(V, size), project(G, again)), got, 1e-12)
-
-
-def test_directions_below_the_cut_and_rows_of_zero_are_no_part_of_the_span():
-    V = np.zeros((2, 3))
-    V[:, 0], V[1, 1] = 1, 1e-4  # eigenvalues of the scaled rows: 2 and 5e-9
-    x = torch.tensor([1.0, 1.0, 1.0], dtype=F64)
-    G, v = gram(cut(V, 2), lambda where: x[where])
-    close(whole(cut(V, 2), project(G, v)), [1, 1, 0], 1e-6)
-    close(whole(cut(V, 2), project(G, v, rcond=1e-6)), [1, 0, 0], 1e-3)
-    assert project(torch.zeros(2, 2), torch.zeros(2)).tolist() == [0, 0]
-    assert project(torch.zeros(0, 0), torch.zeros(0)).shape == (0,)
-
-
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -389,9 +356,6 @@ def test_a_system_that_does_not_fit_is_refused(wrong, said):
     assert solve(**GOOD).tolist() == [1, 1]
     with pytest.raises(ValueError, match=said):
         solve(**GOOD | wrong)
-    if "G" in wrong or "rcond" in wrong:
-        with pytest.raises(ValueError, match=said):
-            project(wrong.get("G", GOOD["G"]), GOOD["a"], rcond=wrong.get("rcond", 0.1))
 
 
 def test_coefficients_that_do_not_fit_are_refused():
