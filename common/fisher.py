@@ -22,6 +22,7 @@ from common.numerics.subspace import Eigenpairs, nystrom, subspace_iteration
 from common.payload import Tensors
 from common.sketches import SketchFile
 
+GRADIENTS = 1.5  # that a column of a product costs; 1.4 was measured on one core (docs/benchmarks.md)
 EXACT = 256  # parameters up to which the matrix is formed whole
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
@@ -59,8 +60,8 @@ def fisher_of(
 
 
 def affordable(budget: float, visits: int, columns: int, products: int) -> int:
-    """Return the samples at which a sketch costs `budget` epochs: a product with H costs a gradient per column."""
-    return max(1, math.floor(budget * visits / (columns * max(products, 1))))
+    """Return the samples at which a sketch costs about `budget` epochs."""
+    return max(1, math.floor(budget * visits / (GRADIENTS * columns * max(products, 1))))
 
 
 def leading(
