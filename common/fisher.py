@@ -23,6 +23,7 @@ from common.payload import Tensors
 from common.sketches import SketchFile
 
 GRADIENTS = 1.5  # that a column of a product costs; 1.4 was measured on one core (docs/benchmarks.md)
+FEW = 4
 EXACT = 256  # parameters up to which the matrix is formed whole
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
@@ -59,9 +60,22 @@ def fisher_of(
     return GGN(function, theta, likelihood, lambda: samples(count)), count
 
 
-def affordable(budget: float, visits: int, columns: int, products: int) -> int:
-    """Return the samples at which a sketch costs about `budget` epochs."""
-    return max(1, math.floor(budget * visits / (GRADIENTS * columns * max(products, 1))))
+def affordable(budget: float, samples: Samples, visits: int, columns: int, products: int) -> int:
+    """Return the samples at which a sketch costs about `budget` epochs, but no fewer than it needs to be one.
+
+    A volume has thousands of labels, so a few say enough; a picture or a row has one, and H over n of them has rank
+    n (C - 1) at most.
+
+    Args:
+        budget: Epochs' worth of gradients.
+        samples: Yields (image, label) batches of so many samples.
+        visits: Samples in an epoch.
+        columns: Columns of a product with H.
+        products: Products of a sketch.
+    """
+    label = next(iter(samples(1)))[1]
+    least = FEW if label.dim() > 1 else FEW * columns
+    return max(least, math.floor(budget * visits / (GRADIENTS * columns * max(products, 1))))
 
 
 def leading(

@@ -397,7 +397,7 @@ class FIPASite(SiteHalf):
         params: FIPAParams = self.params
         size = sum(dict(work.model.named_parameters())[name].numel() for name in names)
         columns = min(params.rank + params.oversampling, size)
-        wanted = params.samples or affordable(params.budget, work.visits, columns, params.warm)
+        wanted = params.samples or affordable(params.budget, work.samples, work.visits, columns, params.warm)
         basis, steps, extra = None, None, {}
         with work.inspecting() as network:
             operator, count = fisher_of(
