@@ -178,7 +178,7 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
         "what a worker is doing",
         {
             "round": "1-based",
-            "phase": "load, evaluate, sketch, train, personal, send, idle",
+            "phase": "load, evaluate, sketch, sensitivity, train, personal, send, idle",
             "step": "steps done",
             "steps": "steps planned",
             "seconds": "of the phase before",

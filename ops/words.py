@@ -59,6 +59,7 @@ PHASES = {
     "personal": "Train the personal model",
     "evaluate": "Evaluate",
     "sketch": "Fisher sketch",
+    "sensitivity": "Sensitivity mask",
     "save": "Save state",
     "encode": "Encode",
     "decode": "Decode",
@@ -72,6 +73,7 @@ DOING = {
     "train": "training",
     "personal": "training the personal model",
     "sketch": "measuring the Fisher information",
+    "sensitivity": "measuring the sensitivity",
     "send": "sending",
     "idle": "waiting",
 }
