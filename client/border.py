@@ -12,20 +12,19 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
 from client import policy
 from client.ledger import Ledger, Record
 from client.ledger_lines import Phase
 from client.site_config import SiteConfig
+from common.compress import Compression, scaled
+from common.compress import received as as_received
 from common.config import GuardConfig
-from common.errors import LedgerError, PolicyError, StorageError, WardroundError, safe_sentence
+from common.errors import LedgerError, PayloadError, PolicyError, StorageError, WardroundError, safe_sentence
 from common.frames import Parts
 from common.guard import check_size, l2_norm, update_norm
-from common.payload import Kind, Payload, Payloads, PayloadSpec, Template, check_payloads
+from common.payload import Kind, Payload, Payloads, PayloadSpec, State, Template, check_payloads
 from common.proto.wardround_pb2 import Header
-from common.wire import CLOSING, HELLO, ROUND, Envelope, decode, encode, read_header
+from common.wire import CLOSING, HELLO, ROUND, Coded, Envelope, decode, encode, read_header
 
 PHASES: dict[int, Phase] = {HELLO: "hello", ROUND: "round", CLOSING: "closing"}
 MB = 1_000_000
@@ -62,6 +61,7 @@ class Border:
         """
         try:
             envelope = decode(parts)
+            envelope.payloads = as_received(envelope.payloads)
         except WardroundError as error:
             self._note_refused(parts, error)
             raise
@@ -83,6 +83,37 @@ class Border:
         """
         check_payloads(payloads, specs, template, who="coordinator")
         check_size(payloads, guard, who="coordinator")
+
+    def compress(
+        self,
+        payloads: Payloads,
+        received: Payloads,
+        specs: Iterable[PayloadSpec],
+        compression: Compression,
+        kept: State,
+    ) -> tuple[Payloads, State]:
+        """Return an answer's payloads as the run compresses them, and what is kept for the next round.
+
+        What is compressed is bounded by the hospital's `clip_norm` here; what is not, when it is released. Payloads that
+        cannot be used stay as they are: `release` refuses and notes them.
+
+        Args:
+            payloads: What the method would send.
+            received: What the site was sent.
+            specs: What the method promised to send.
+            compression: The run's.
+            kept: What the last round left.
+
+        Raises:
+            PayloadError: Values that the run's codec cannot hold.
+        """
+        if not compression.lossy_up:
+            return payloads, kept
+        try:
+            check_payloads(payloads, specs, compression.template, who=self.alias)
+        except PayloadError:
+            return payloads, kept
+        return compression.up(payloads, specs, received, kept, most=self.privacy.clip_norm)
 
     def release(
         self,
@@ -146,7 +177,9 @@ class Border:
         payloads = answer.payloads
         if privacy.clip_norm:
             payloads = {
-                name: clipped(payload, received.get(name), privacy.clip_norm)
+                name: payload
+                if isinstance(payload, Coded)  # was bounded before it was compressed
+                else clipped(payload, received.get(name), privacy.clip_norm, who=self.alias)
                 for name, payload in payloads.items()
             }
         same = metrics == answer.metrics and payloads is answer.payloads
@@ -193,13 +226,17 @@ class Border:
         self.ledger.append("", 0, "hello", "in", [record])
 
 
-def clipped(payload: Payload, received: Payload | None, most: float) -> Payload:
+def clipped(payload: Payload, received: Payload | None, most: float, *, who: str = "") -> Payload:
     """Return a model or update scaled down so that what the site adds has at most an L2 norm.
 
     Args:
         payload: What would leave; only kinds MODEL and UPDATE are changed.
         received: What was received under the same name; a model's update is the difference to it.
         most: Largest norm.
+        who: Alias of the site, for the sentence.
+
+    Raises:
+        PolicyError: A payload that holds parts of tensors has no update to be bounded.
     """
     if payload.kind not in (Kind.MODEL, Kind.UPDATE):
         return payload
@@ -207,36 +244,38 @@ def clipped(payload: Payload, received: Payload | None, most: float) -> Payload:
     norm = update_norm(payload.tensors, base or None)
     if norm <= most:
         return payload
+    if any(name in base and base[name].shape != tensor.shape for name, tensor in payload.tensors.items()):
+        raise PolicyError(
+            f"{who}: payload '{payload.name}' holds parts of the model's tensors, and the site's clip_norm bounds whole "
+            "ones only; nothing leaves. Run the method so that whole tensors travel (pfl-resfim: aggregate=all).",
+            site=who,
+        )
     share = most / norm
     for number in range(CLIP_TRIES):  # rounding to the model's dtype may lift it above the bound again
-        tensors = {name: _scaled(tensor, base.get(name), share) for name, tensor in payload.tensors.items()}
+        tensors = {name: scaled(tensor, base.get(name), share) for name, tensor in payload.tensors.items()}
         norm = update_norm(tensors, base or None)
         if norm <= most:
             return replace(payload, tensors=tensors)
         share *= min(most / norm, 1.0 - 2.0 ** (number - 26))
     return replace(
         payload,
-        tensors={name: _scaled(tensor, base.get(name), 0.0) for name, tensor in payload.tensors.items()},
+        tensors={name: scaled(tensor, base.get(name), 0.0) for name, tensor in payload.tensors.items()},
     )
 
 
-def _scaled(tensor: Tensor, base: Tensor | None, share: float) -> Tensor:
-    """Return base + share (tensor - base) in the tensor's dtype; tensors that are no floating point stay."""
-    if not tensor.is_floating_point():
-        return tensor
-    start = base.to(torch.float64) if base is not None else torch.zeros((), dtype=torch.float64)
-    return (start + (tensor.to(torch.float64) - start) * share).to(tensor.dtype)
-
-
 def _payload_records(header: Header, envelope: Envelope) -> list[Record]:
-    return [
-        Record(
-            head.name, head.kind, head.nbytes, head.sha256.hex(), tensors=len(head.tensors),
-            shapes={item.name: list(item.shape) for item in head.tensors},
-            norm=l2_norm(envelope.payloads[head.name].tensors), cases=envelope.cases or None,
-        )
-        for head in header.payloads
-    ]  # fmt: skip
+    """Return a record of each payload: bytes and hash as they travel, shapes and norm as the receiver has the tensors."""
+    found = []
+    for head in header.payloads:
+        tensors = envelope.payloads[head.name].tensors
+        found.append(
+            Record(
+                head.name, head.kind, head.nbytes, head.sha256.hex(), tensors=len(tensors),
+                shapes={name: list(tensor.shape) for name, tensor in tensors.items()},
+                norm=l2_norm(tensors), cases=envelope.cases or None,
+            )
+        )  # fmt: skip
+    return found
 
 
 def _part_records(parts: Mapping[str, bytes]) -> list[Record]:

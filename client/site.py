@@ -24,6 +24,7 @@ from client.site_data import SiteData
 from client.slices import save_slices
 from client.state import SiteStates, join_states, split_state
 from client.trainer import Trainer
+from common.compress import Compression
 from common.config import RunConfig
 from common.errors import DataError, MismatchError, PayloadError
 from common.events import EventLog
@@ -57,6 +58,7 @@ class Session:
     template: Tensors
     network: Tensors
     states: SiteStates
+    compression: Compression
 
 
 class Site:
@@ -165,7 +167,7 @@ class Site:
     def _round(self, envelope: Envelope) -> Envelope:
         session = self._open(envelope.run, envelope.config)
         trainer, half = session.trainer, session.half
-        state = self._begin(envelope, session)
+        state, kept = self._begin(envelope, session)
         clock = Clock()
         self._phase(envelope.round, "evaluate")
         hd95 = session.config.rounds.hd95 == "always"
@@ -180,9 +182,15 @@ class Site:
         clock.lap("train")
         for phase, seconds in result.seconds.items():
             clock.move("train", phase, seconds)
-        payloads = {payload.name: payload for payload in result.payloads}
+        payloads, kept = self.border.compress(
+            {payload.name: payload for payload in result.payloads},
+            envelope.payloads, session.server.uplink, session.compression, kept,
+        )  # fmt: skip
+        if session.compression.lossy_up:
+            clock.lap("compress")
         session.states.write(
-            envelope.round, join_states(method=result.state, optimizer=trainer.optimizer_state())
+            envelope.round,
+            join_states(method=result.state, optimizer=trainer.optimizer_state(), codec=kept),
         )
         clock.lap("save")
         loss = result.stats.loss if result.stats else float("nan")
@@ -190,23 +198,23 @@ class Site:
             envelope, payloads=payloads, metrics=metrics, cases=result.cases, loss=loss, seconds=clock.seconds
         )
 
-    def _begin(self, envelope: Envelope, session: Session) -> State:
-        """Check what came, bring the trainer to the round's start, and return the method's state there."""
+    def _begin(self, envelope: Envelope, session: Session) -> tuple[State, State]:
+        """Check what came, bring the trainer to the round's start, and return the method's and the codec's state there."""
         self._accept(envelope, session)
         session.trainer.begin(self._context(envelope, session))
         saved = session.states.before(envelope.round)
         session.trainer.restore_optimizer(split_state(saved, "optimizer") if saved else State())
         if saved:
-            return split_state(saved, "method")
+            return split_state(saved, "method"), split_state(saved, "codec")
         # A first round that is asked again finds the network trained: the method starts from the seeded one.
         config = session.config
         session.trainer.load(build_model(config.model, config.data, seed=config.seed).state_dict())
-        return session.half.init(session.trainer)
+        return session.half.init(session.trainer), State()
 
     def _closing(self, envelope: Envelope) -> Envelope:
         session = self._open(envelope.run, envelope.config)
         trainer, half = session.trainer, session.half
-        state = self._begin(envelope, session)
+        state, _ = self._begin(envelope, session)
         clock = Clock()
         self._phase(envelope.round, "evaluate")
         models = half.models(envelope.payloads, state)
@@ -267,8 +275,9 @@ class Site:
         whole = template(network)
         travelling = dict(server.travelling(whole, groups))
         states = SiteStates(self.config.home / "state" / run)
+        compression = Compression(config.wire, travelling, groups)
         self._session = Session(
-            run, text, config, method, server, half, dataset, trainer, travelling, whole, states
+            run, text, config, method, server, half, dataset, trainer, travelling, whole, states, compression
         )
         return self._session
 

@@ -13,7 +13,15 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from common.errors import ConfigError, nearest
 
@@ -201,6 +209,28 @@ class GuardConfig(Strict):
     )
 
 
+class WireConfig(Strict):
+    """How models travel: as they are, or compressed (common/compress.py). Works with any method."""
+
+    uplink_codec: Literal["raw", "stc", "stc-golomb", "float16", "bf16"] = Field(
+        default="raw",
+        description="sites' changes of the model: as they are, sparse ternary with error feedback, or in half precision",
+    )
+    uplink_p: float = Field(
+        default=0.01, gt=0, le=1, description="stc: share of each tensor's values that is sent"
+    )
+    downlink_codec: Literal["raw", "float16", "bf16"] = Field(
+        default="raw", description="the model on its way to the sites: as it is, or in half precision"
+    )
+
+    @field_validator("downlink_codec", mode="before")
+    @classmethod
+    def _down(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("stc"):
+            raise ValueError("stc compresses only what sites send; the way down takes raw, float16 or bf16")
+        return value
+
+
 class RunConfig(Strict):
     """Everything the coordinator decides about a run. Frozen; travels down with every message.
 
@@ -222,6 +252,7 @@ class RunConfig(Strict):
     train: TrainConfig = TrainConfig()
     rounds: RoundConfig = RoundConfig()
     guard: GuardConfig = GuardConfig()
+    wire: WireConfig = WireConfig()
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:

@@ -15,6 +15,7 @@ import torch
 from google.protobuf.message import DecodeError
 
 import common
+from common.codecs import CODECS
 from common.errors import MismatchError, PayloadError
 from common.frames import Parts, shown
 from common.payload import Kind, Payload, Payloads, Scalar
@@ -33,7 +34,24 @@ DTYPES: dict[str, torch.dtype] = {
     )
 }  # fmt: skip
 
+RAW = "raw"
 Sums = dict[str, tuple[float, float]]
+
+
+@dataclass
+class Coded(Payload):
+    """A payload of which some tensors travel as a codec's bytes (common/compress.py makes and reads them).
+
+    Attributes:
+        tensors: At the sender all, as the receiver will have them; at the receiver those that travelled as they are.
+        codec: Name of a codec.
+        data: Its bytes. What they mean is told by who knows the template: a few bytes may stand for many values.
+        names: Those of `tensors` that `data` holds.
+    """
+
+    codec: str = ""
+    data: bytes = b""
+    names: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -145,15 +163,18 @@ def decode(parts: Parts) -> Envelope:
 
 
 def encode_payload(payload: Payload) -> tuple[pb.PayloadHead, bytes]:
-    """Return a payload's head and its bytes (tensors in their given order, raw little-endian values).
+    """Return a payload's head and its bytes (tensors in their given order, raw little-endian values; then a codec's bytes).
 
     Raises:
         PayloadError: A dtype that cannot travel.
     """
-    head = pb.PayloadHead(name=payload.name, kind=str(payload.kind), codec="raw")
+    coded = payload if isinstance(payload, Coded) else Coded(payload.name, payload.kind, codec=RAW)
+    head = pb.PayloadHead(name=payload.name, kind=str(payload.kind), codec=coded.codec)
     chunks: list[memoryview] = []
     offset = 0
     for name, tensor in payload.tensors.items():
+        if name in coded.names:
+            continue
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise PayloadError(f"Payload '{payload.name}' tensor '{name}' is {dtype}, which cannot travel.")
@@ -164,7 +185,7 @@ def encode_payload(payload: Payload) -> tuple[pb.PayloadHead, bytes]:
         )
         chunks.append(data)
         offset += data.nbytes
-    blob = b"".join(chunks)
+    blob = b"".join([*chunks, coded.data])
     head.nbytes = len(blob)
     head.sha256 = hashlib.sha256(blob).digest()
     for key, value in sorted(payload.meta.items()):
@@ -178,7 +199,7 @@ def encode_payload(payload: Payload) -> tuple[pb.PayloadHead, bytes]:
 
 
 def decode_payload(head: pb.PayloadHead, blob: bytes | None) -> Payload:
-    """Return the payload of a head and its bytes; the tensors own their memory.
+    """Return the payload of a head and its bytes; the tensors own their memory. A codec's bytes stay as they are.
 
     Raises:
         PayloadError: Missing or altered bytes, unknown kind, codec or dtype, sizes that do not add up.
@@ -192,8 +213,9 @@ def decode_payload(head: pb.PayloadHead, blob: bytes | None) -> Payload:
         raise PayloadError(
             f"Payload '{name}' does not have the checksum of its header: it was altered on the way."
         )
-    if head.codec != "raw":
-        raise PayloadError(f"Payload '{name}' has the unknown codec '{shown(head.codec)}'; known: raw.")
+    if head.codec != RAW and head.codec not in CODECS:
+        known = ", ".join([RAW, *sorted(CODECS)])
+        raise PayloadError(f"Payload '{name}' has the unknown codec '{shown(head.codec)}'; known: {known}.")
     try:
         kind = Kind(head.kind)
     except ValueError as error:
@@ -203,9 +225,12 @@ def decode_payload(head: pb.PayloadHead, blob: bytes | None) -> Payload:
     for item in head.tensors:
         tensors[item.name] = _tensor(item, blob, end, name)
         end += item.nbytes
-    if end != len(blob) or len(tensors) != len(head.tensors):
+    if len(tensors) != len(head.tensors) or (end != len(blob) and head.codec == RAW):
         raise PayloadError(f"Payload '{name}': its tensors do not fill its {len(blob)} bytes exactly.")
-    return Payload(head.name, kind, tensors, {key: _get_scalar(value) for key, value in head.meta.items()})
+    meta = {key: _get_scalar(value) for key, value in head.meta.items()}
+    if head.codec == RAW:
+        return Payload(head.name, kind, tensors, meta)
+    return Coded(head.name, kind, tensors, meta, head.codec, blob[end:])
 
 
 def _tensor(item: pb.TensorHead, blob: bytes, offset: int, payload: str) -> torch.Tensor:

@@ -45,7 +45,18 @@ STACK_COLOURS = [f"k{index}" for index in range(5)]
 MARKERS = "os^DvP"
 SHAPES = ("", "ring", "square")
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
-PHASE_ORDER = ("train", "personal", "sketch", "sensitivity", "evaluate", "load", "save", "encode", "decode", "send")
+PHASE_ORDER = (
+    "train",
+    "personal",
+    "sketch",
+    "sensitivity",
+    "evaluate",
+    "load",
+    "save",
+    "encode",
+    "decode",
+    "send",
+)
 LEAST_SHARE = 0.01
 WIDTH, HEIGHT = 6.4, 2.9
 

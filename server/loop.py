@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 
+from common.compress import Compression
 from common.config import RunConfig
 from common.errors import PayloadError, QuorumError, WardroundError, safe_sentence
 from common.events import EventLog
 from common.frames import Parts
 from common.guard import check_size, check_state, check_updates, outliers
 from common.method import Accumulator, Groups, Method, Reply, RoundContext
-from common.payload import State, Tensors, check_payloads
+from common.payload import Payloads, State, Tensors, check_payloads
 from common.proto.wardround_pb2 import Phase
 from common.tasks import divide
 from common.wire import CLOSING, ROUND, Envelope, MetricSet, bytes_by_kind, decode, encode
@@ -97,6 +98,7 @@ class RoundLoop:
         self.template = self.server.travelling(
             shapes, groups
         )  # without values, or round 0 would stay in memory
+        self.compression = Compression(config.wire, self.template, groups)
         self.events = events
         self.checkpoints = checkpoints
         self.call = call
@@ -197,7 +199,8 @@ class RoundLoop:
         def fold(site: str, parts: Parts) -> None:
             if folded:
                 envelope = decode(parts)
-                folded[0] = self.server.fold(folded[0], Reply(site, envelope.cases, envelope.payloads))
+                payloads = self.taken(envelope.payloads, number, site)
+                folded[0] = self.server.fold(folded[0], Reply(site, envelope.cases, payloads))
 
         hold = phase == ROUND and self.config.guard.outlier > 0
         order = OrderedFold(sites, fold, self._spool_folder(), hold=hold)
@@ -242,9 +245,23 @@ class RoundLoop:
             site, (TRANSPORT, f"{site}: has not given its first answer yet; is its SuperNode running?")
         )
 
+    def sending(self, number: int, site: str) -> Payloads:
+        """Return what a site is sent in a round, as it travels."""
+        return self.compression.down(self._sent(number, site), self.server.downlink)
+
+    def taken(self, payloads: Payloads, number: int, site: str) -> Payloads:
+        """Return a site's answer to a round as the method knows it; nothing of it is checked but its coding.
+
+        Raises:
+            PayloadError: It is not coded as the run says; the site is named.
+        """
+        return self.compression.taken(payloads, self.server.uplink, self._sent(number, site), who=site)
+
+    def _sent(self, number: int, site: str) -> Payloads:
+        return {item.name: item for item in self.server.send(self.state, site, self._context(number, site))}
+
     def _message(self, number: int, phase: Phase, site: str) -> Parts:
-        context = self._context(number, site)
-        payloads = {payload.name: payload for payload in self.server.send(self.state, site, context)}
+        payloads = self.sending(number, site)
         parts = encode(
             Envelope(
                 self.run, number, phase, site,
@@ -313,12 +330,12 @@ class RoundLoop:
     def _check_round(self, envelope: Envelope, number: int, site: str) -> float:
         """Check a round's payloads by all that is known of them, and return the norm of the update."""
         specs, guard = self.server.uplink, self.config.guard
+        envelope.payloads = self.taken(envelope.payloads, number, site)
         check_payloads(envelope.payloads, specs, self.template, who=site)
         check_size(envelope.payloads, guard, who=site)
-        context = self._context(number, site)
-        sent = {payload.name: payload for payload in self.server.send(self.state, site, context)}
-        norm = check_updates(envelope.payloads, specs, sent, guard, who=site)
-        self.server.check(Reply(site, envelope.cases, envelope.payloads), self.state, context)
+        norm = check_updates(envelope.payloads, specs, self._sent(number, site), guard, who=site)
+        reply = Reply(site, envelope.cases, envelope.payloads)
+        self.server.check(reply, self.state, self._context(number, site))
         return norm
 
     def _miss(

@@ -208,7 +208,8 @@ class MethodStrategy(Strategy):
         context = RoundContext(self.run, server_round, self.config.rounds.rounds, self.config.seed)
         acc = loop.server.begin(loop.state, context)
         envelopes = sorted(
-            self._good(replies), key=lambda envelope: list(loop.roster.nodes).index(envelope.site)
+            self._good(replies, server_round),
+            key=lambda envelope: list(loop.roster.nodes).index(envelope.site),
         )
         for envelope in envelopes:
             acc = loop.server.fold(acc, Reply(envelope.site, envelope.cases, envelope.payloads))
@@ -231,16 +232,13 @@ class MethodStrategy(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the sites' mean figures."""
-        figures = mean_figures(
-            {envelope.site: envelope.metrics for envelope in self._good(replies, payloads=False)}
-        )
+        figures = mean_figures({envelope.site: envelope.metrics for envelope in self._good(replies)})
         return MetricRecord(figures) if figures else None
 
     def _messages(self, number: int, phase: Phase, kind: str, grid: Grid) -> Iterable[Message]:
         loop = self.loop or self.prepare(FlowerLink(grid))
         for site, node in loop.roster.nodes.items():
-            context = RoundContext(self.run, number, self.config.rounds.rounds, self.config.seed, site)
-            payloads = {payload.name: payload for payload in loop.server.send(loop.state, site, context)}
+            payloads = loop.sending(number, site)
             envelope = Envelope(
                 self.run,
                 number,
@@ -254,7 +252,8 @@ class MethodStrategy(Strategy):
                 encode(envelope), node=node, kind=kind, group=str(number), ttl=self.config.rounds.deadline
             )
 
-    def _good(self, replies: Iterable[Message], *, payloads: bool = True) -> Iterable[Envelope]:
+    def _good(self, replies: Iterable[Message], number: int = 0) -> Iterable[Envelope]:
+        """Yield the replies that can be used; those to a round with its payloads checked."""
         for reply in replies:
             try:
                 if reply.has_error():
@@ -264,8 +263,9 @@ class MethodStrategy(Strategy):
                     raise WardroundError(envelope.failure[1])
                 if self._loop().roster.nodes.keys().isdisjoint({envelope.site}) or envelope.run != self.run:
                     raise WardroundError("It is from no site of this run.")
-                if payloads:
+                if number:
                     loop = self._loop()
+                    envelope.payloads = loop.taken(envelope.payloads, number, envelope.site)
                     check_payloads(envelope.payloads, loop.server.uplink, loop.template, who=envelope.site)
             except WardroundError as error:
                 log.error("a reply is left out: %s", error)

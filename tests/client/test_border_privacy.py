@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.border import clipped
-from common.errors import PayloadError
+from common.errors import PayloadError, PolicyError
 from common.payload import Kind, Payload
 from common.wire import decode
 from tests.client.borders import (
@@ -178,3 +178,12 @@ def test_a_wrong_shape_is_refused_by_name_also_where_updates_are_scaled(make):
     reply.payloads["model"].tensors["w"] = torch.ones(5)
     with pytest.raises(PayloadError, match="has shape"):
         release(border, reply, model(1.0))
+
+
+def test_parts_of_tensors_are_not_clipped_but_kept_in():
+    sent = Payload("model", Kind.MODEL, {"weight": torch.zeros(2, 3)})
+    part = Payload("model", Kind.MODEL, {"weight": torch.full((3,), 5.0)})
+    assert clipped(part, sent, 100.0, who="alpha") is part
+    with pytest.raises(PolicyError, match="alpha: payload 'model' holds parts") as caught:
+        clipped(part, sent, 1.0, who="alpha")
+    assert caught.value.site == "alpha"

