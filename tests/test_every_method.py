@@ -12,6 +12,8 @@ from common.store import tensor_bytes
 from common.wire import decode, encode
 from tests.harness import SILENT, Federation, MemoryLink, table_config
 
+pytestmark = pytest.mark.conformance
+
 ALL = sorted(METHODS)
 SENDING = [name for name in ALL if METHODS[name].server.uplink]
 LIKE_MODEL = [name for name in SENDING if any(spec.like_model for spec in METHODS[name].server.uplink)]

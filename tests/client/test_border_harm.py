@@ -17,6 +17,8 @@ from tests.client.borders import SECRET, Borders, answer, entries, norm64, quest
 from tests.client.ledgers import full_disk
 from tests.harness import Federation, MemoryLink, table_config, versions_for, write_table_site
 
+pytestmark = pytest.mark.conformance
+
 
 @pytest.fixture
 def make(tmp_path):

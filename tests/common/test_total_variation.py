@@ -21,6 +21,8 @@ from common.numerics.total_variation import (
     runs,
 )
 
+pytestmark = pytest.mark.xdist_group("numba")  # compiled once a process
+
 
 def dense(d):
     """The paper's matrix: rows (1, -1), the last one (0 … 0, 1)."""

@@ -11,6 +11,8 @@ from common.wire import decode, encode
 from server.checkpoint import Checkpoints
 from tests.harness import Federation, MemoryLink, table_config
 
+pytestmark = pytest.mark.conformance
+
 ROUNDS = 4
 
 

@@ -15,6 +15,8 @@ from common.wire import decode, encode
 from server.strategy import MethodStrategy
 from tests.harness import Federation, MemoryLink, table_config
 
+pytestmark = pytest.mark.conformance
+
 PAPER = {"fallback": 0.0, "damping": 0.0}
 
 

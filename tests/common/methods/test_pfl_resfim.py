@@ -18,6 +18,8 @@ from common.wire import ROUND, bytes_by_kind, decode, encode
 from tests.common.methods.resfim_lab import Lab, advance, config, guarded, table, three_sites
 from tests.harness import Federation
 
+pytestmark = pytest.mark.conformance
+
 
 @pytest.fixture
 def lab():
