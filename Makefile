@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
-.PHONY: help venv trial simulate test test-fast conformance e2e faults soak bench check format proto clean
+.PHONY: help venv trial simulate test test-fast slow e2e faults soak bench check format proto clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -31,13 +31,13 @@ trial: $(READY)  ## run a trial: three hospitals, TLS, keys, default data (ARGS=
 simulate: $(READY)  ## the same run in Flower's simulation runtime
 	$(BIN)/wardround simulate $(ARGS)
 
-test: test-fast conformance e2e  ## all tests: fast, whole federations in one process, then those that start real processes
+test: test-fast slow e2e  ## all tests: fast, whole federations in one process, then those that start real processes
 
 test-fast: $(READY)  ## the fast suite (under a minute)
-	$(PYTEST) -q -n 2 --dist loadgroup -m "not conformance and not e2e and not faults and not gpu and not docker and not bench" $(ARGS)
+	$(PYTEST) -q -n 2 -m "not slow and not e2e and not faults and not gpu and not docker and not bench" $(ARGS)
 
-conformance: $(READY)  ## whole federations in one process: what every method must do, faults, planted names
-	$(PYTEST) -q -n 2 -m "conformance and not gpu" $(ARGS)
+slow: $(READY)  ## whole federations in one process: what every method must do, faults, planted names
+	$(PYTEST) -q -n 2 -m "slow and not gpu" $(ARGS)
 
 e2e: $(READY)  ## real SuperLink, SuperNodes, relays and workers
 	$(PYTEST) -q -m "e2e and not faults and not gpu and not docker" $(ARGS)

@@ -21,7 +21,7 @@ from tests.harness import Federation, MemoryLink, table_config
 from tests.server.test_strategy import SitesGrid
 from tests.test_every_method import best_models, state_bytes
 
-pytestmark = pytest.mark.conformance
+pytestmark = pytest.mark.slow
 
 ALL = sorted(METHODS)
 

@@ -12,7 +12,7 @@ from common.store import tensor_bytes
 from common.wire import decode, encode
 from tests.harness import SILENT, Federation, MemoryLink, table_config
 
-pytestmark = pytest.mark.conformance
+pytestmark = pytest.mark.slow
 
 ALL = sorted(METHODS)
 SENDING = [name for name in ALL if METHODS[name].server.uplink]

@@ -27,7 +27,7 @@ from tests.mutations import edit
 from tests.planted import DICOM, ERRORS, FILES, FOLDER, GROUP, NOTE, STRAY, TEXT, TOKENS, leaks, plant
 from tests.planted_faults import TABLE_FAULTS, TABLE_HOLES, VOLUME_FAULTS, describe, rewrite, truncate
 
-pytestmark = pytest.mark.conformance
+pytestmark = pytest.mark.slow
 
 ALIASES = ("alpha", "beta")
 SERVER_LOGS = ("wardround.server", "server", "flwr")

@@ -17,7 +17,7 @@ from tests.client.borders import SECRET, Borders, answer, entries, norm64, quest
 from tests.client.ledgers import full_disk
 from tests.harness import Federation, MemoryLink, table_config, versions_for, write_table_site
 
-pytestmark = pytest.mark.conformance
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

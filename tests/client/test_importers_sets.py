@@ -35,7 +35,10 @@ from tests.sourcefiles import (
 )
 
 DATA = Path(os.environ.get("WARDROUND_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
-pytestmark = pytest.mark.filterwarnings("ignore:builtin type [sS]wig:DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:builtin type [sS]wig:DeprecationWarning"),
+]
 
 # --- brats -----------------------------------------------------------------------------------------------------------
 

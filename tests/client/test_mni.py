@@ -16,6 +16,8 @@ from common.errors import ConfigError, DataError
 from common.federation import read_federation
 from tests.sourcefiles import digests, entries
 
+pytestmark = pytest.mark.slow
+
 TINY = {"subjects": 3, "voxel_mm": 8.0}
 
 

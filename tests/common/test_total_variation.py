@@ -21,7 +21,7 @@ from common.numerics.total_variation import (
     runs,
 )
 
-pytestmark = pytest.mark.xdist_group("numba")  # compiled once a process
+pytestmark = pytest.mark.slow  # compiles its kernels
 
 
 def dense(d):

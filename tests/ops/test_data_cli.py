@@ -14,6 +14,8 @@ from ops.data_cli import data_app
 from tests.datafiles import PATIENT
 from tests.sourcefiles import as_tar, dataset, msd_task
 
+pytestmark = pytest.mark.slow
+
 WIDE = {"COLUMNS": "200", "TERMINAL_WIDTH": "200"}
 
 

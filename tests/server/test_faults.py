@@ -11,7 +11,7 @@ from common.wire import decode, encode
 from server.checkpoint import Checkpoints
 from tests.harness import Federation, MemoryLink, table_config
 
-pytestmark = pytest.mark.conformance
+pytestmark = pytest.mark.slow
 
 ROUNDS = 4
 

@@ -15,7 +15,7 @@ from common.wire import decode, encode
 from server.strategy import MethodStrategy
 from tests.harness import Federation, MemoryLink, table_config
 
-pytestmark = pytest.mark.conformance
+pytestmark = pytest.mark.slow
 
 PAPER = {"fallback": 0.0, "damping": 0.0}
 

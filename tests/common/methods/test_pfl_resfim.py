@@ -18,7 +18,7 @@ from common.wire import ROUND, bytes_by_kind, decode, encode
 from tests.common.methods.resfim_lab import Lab, advance, config, guarded, table, three_sites
 from tests.harness import Federation
 
-pytestmark = pytest.mark.conformance
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
