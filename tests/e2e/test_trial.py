@@ -157,6 +157,27 @@ def test_a_simulation_gives_the_same_models_to_the_bit(ditto, data, tmp_path):
         assert path.read_bytes() == (tmp_path / "sim" / "models" / path.name).read_bytes(), path.name
 
 
+@pytest.mark.parametrize(
+    ("method", "kinds"),
+    [
+        ("fipa", {"model", "fisher-sketch"}),
+        ("pfl-resfim", {"model", "sensitivity-mask", "style-spectrum"}),
+    ],
+)
+def test_sketches_and_masks_travel_beside_compressed_updates(method, kinds, data, tmp_path):
+    settings = [*FAST, "uplink-codec=stc", "uplink-p=0.05", "downlink-codec=bf16"]
+    out = tmp_path / "out"
+    assert run_trial(Options(method, str(data), rounds=3, sites="2", out=out, settings=settings)) == 0
+    up = [item for item in named(events(out), "bytes") if item["direction"] == "up"]
+    assert kinds <= {kind for item in up for kind in item["kinds"]}
+    first, *_ = [item["kinds"]["model"] for item in up if item["round"] == 1]
+    down = next(item["kinds"]["model"] for item in named(events(out), "bytes") if item["direction"] == "down")
+    # resfim's values are no whole model and travel as they are; what comes down is in half precision
+    assert first < down / 4 if method == "fipa" else first > down
+    for ledger in (out / "sites").glob("*/ledger.jsonl"):
+        assert all(kind in ledger.read_text() for kind in kinds)
+
+
 def test_stock_parts_work_too_and_two_trials_run_at_once(data, tmp_path):
     runs = [
         subprocess.Popen(
