@@ -241,15 +241,15 @@ def clipped(payload: Payload, received: Payload | None, most: float, *, who: str
     if payload.kind not in (Kind.MODEL, Kind.UPDATE):
         return payload
     base = received.tensors if received is not None and payload.kind is Kind.MODEL else {}
-    norm = update_norm(payload.tensors, base or None)
-    if norm <= most:
-        return payload
     if any(name in base and base[name].shape != tensor.shape for name, tensor in payload.tensors.items()):
         raise PolicyError(
             f"{who}: payload '{payload.name}' holds parts of the model's tensors, and the site's clip_norm bounds whole "
             "ones only; nothing leaves. Run the method so that whole tensors travel (pfl-resfim: aggregate=all).",
             site=who,
         )
+    norm = update_norm(payload.tensors, base or None)
+    if norm <= most:
+        return payload
     share = most / norm
     for number in range(CLIP_TRIES):  # rounding to the model's dtype may lift it above the bound again
         tensors = {name: scaled(tensor, base.get(name), share) for name, tensor in payload.tensors.items()}

@@ -183,6 +183,8 @@ class Compression:
         """Return whether a payload is compressed; up, a model only if one was sent under its name."""
         if not self.like or not spec.like_model or spec.kind not in (Kind.MODEL, Kind.UPDATE):
             return False
+        if received is not None and not spec.from_received:
+            return False
         if received is None or spec.kind is Kind.UPDATE:
             return True
         base = received.get(spec.name)

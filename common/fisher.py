@@ -206,6 +206,8 @@ def check_sketch(tensors: Tensors, size: int, rank: int, codec: Codec, *, gradie
         raise refuse(f"{rows} eigenvalues, torch.float64", f"{tuple(lam.shape)}, {lam.dtype}")
     if bool((lam < 0).any()):
         raise refuse("eigenvalues of at least 0", f"{float(lam.min()):.3g}")
+    if bool((tensors.get("scale", lam) < 0).any()):
+        raise refuse("scales of at least 0", f"{float(tensors['scale'].min()):.3g}")
     for name, shape in (("scale", (rows,)), ("g", (size,))):
         tensor = tensors.get(name)
         if tensor is not None and (tensor.shape != shape or tensor.dtype != torch.float32):
@@ -265,6 +267,6 @@ class Stack:
 
     def weigh(self) -> tuple[Tensor, Tensor]:
         """Return (N_m/N) λ and U Δθ of all rows (R,), in the order of the file."""
-        total = sum(cases for cases, *_ in self.rows)
+        total = sum(cases * discount for cases, discount, *_ in self.rows)
         sigma = [lam * (discount * cases / total) for cases, discount, lam, _ in self.rows]
         return torch.cat(sigma), torch.cat([along for *_, along in self.rows])

@@ -60,6 +60,8 @@ class PayloadSpec:
         like_model: True if its tensors are exactly those of the model that the method lets travel
             (`ServerHalf.travelling`), in name, shape and dtype.
         optional: True if a message may come without it.
+        from_received: True if the payload is what was received under its name, trained on; only then has its change a
+            meaning from round to round, and may be compressed with error feedback.
     """
 
     name: str
@@ -67,6 +69,7 @@ class PayloadSpec:
     reduce: Reduce = Reduce.WEIGHTED_MEAN
     like_model: bool = True
     optional: bool = False
+    from_received: bool = True
 
 
 @dataclass

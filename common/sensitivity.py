@@ -31,6 +31,7 @@ from common.resfim import refused
 from common.work import SiteWork
 
 SPECTRUM, MOMENTS = "amplitude", "moments"
+LARGEST = 1 << 22  # values of a style: it is kept in every checkpoint and sent to every site
 SAME = 1e-5  # of a feature's spread: moments that differ by less are those of standardised columns, rounded
 
 Restyle = Callable[[Tensor], Tensor]
@@ -223,7 +224,7 @@ def check_style(tensors: Tensors, others: Mapping[str, Tensor], bank: int, *, wh
     form, style = next(iter(tensors.items()))
     axes = 3 if bank and form == SPECTRUM else 2
     entries = len(style) if style.ndim else 0
-    good = style.ndim == axes and style.dtype == torch.float32 and style.numel() > 0
+    good = style.ndim == axes and style.dtype == torch.float32 and 0 < style.numel() <= LARGEST
     if not good or (form == MOMENTS and entries != 2) or (axes == 3 and entries > bank):
         raise refused(who, f"its style is {style.dtype} of shape {tuple(style.shape)}, which is none here")
     if bool(((style[1] if form == MOMENTS else style) < 0).any()):

@@ -288,7 +288,7 @@ class RoundLoop:
             envelope = decode(answer.parts)
             if envelope.failure:
                 return told(envelope.failure, site)
-            norm = self._check(envelope, number, phase, site)
+            norm = self.check(envelope, number, phase, site)
         except WardroundError as error:
             code, sentence = safe_sentence(error)
             return code, named(sentence, site)
@@ -312,7 +312,15 @@ class RoundLoop:
         order.put(site, parts)
         return None
 
-    def _check(self, envelope: Envelope, number: int, phase: Phase, site: str) -> float:
+    def check(self, envelope: Envelope, number: int, phase: Phase, site: str) -> float:
+        """Check an answer by all that is known of it; a round's payloads are then as the method knows them.
+
+        Returns:
+            The norm of a round's update.
+
+        Raises:
+            PayloadError: Naming the site.
+        """
         check_sender(envelope, self.run, number, phase, site)
         check_figures(envelope, number, site)
         declared = self.roster.cases.get(site, envelope.cases)

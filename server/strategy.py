@@ -24,11 +24,11 @@ from common.config import RunConfig
 from common.errors import ConfigError, WardroundError
 from common.events import EventLog
 from common.flower import EVALUATE, TRAIN, from_record, make_message
-from common.method import Method, Reply, RoundContext
+from common.method import Method, Reply, RoundContext, make_halves
 from common.methods import get_method
 from common.models import build_model, parameter_groups, template
 from common.numerics.robust import cut_count
-from common.payload import Tensors, check_payloads
+from common.payload import Tensors
 from common.proto.wardround_pb2 import Phase
 from common.tasks import divide
 from common.versions import versions_of
@@ -80,6 +80,9 @@ class MethodStrategy(Strategy):
         self.groups = parameter_groups(network)
         self.network = template(network)  # names, shapes and dtypes; the values are made when they are needed
         self.parameters = sum(value.numel() for value in network.parameters())
+        # what does not fit the network is refused before any site is asked
+        context = RoundContext(self.run, 0, config.rounds.rounds, config.seed)
+        make_halves(chosen, config)[0].init(dict(network.state_dict()), self.groups, context)
         self.loop: RoundLoop | None = None
 
     def initial(self) -> Tensors:
@@ -264,9 +267,7 @@ class MethodStrategy(Strategy):
                 if self._loop().roster.nodes.keys().isdisjoint({envelope.site}) or envelope.run != self.run:
                     raise WardroundError("It is from no site of this run.")
                 if number:
-                    loop = self._loop()
-                    envelope.payloads = loop.taken(envelope.payloads, number, envelope.site)
-                    check_payloads(envelope.payloads, loop.server.uplink, loop.template, who=envelope.site)
+                    self._loop().check(envelope, number, ROUND, envelope.site)
             except WardroundError as error:
                 log.error("a reply is left out: %s", error)
                 continue

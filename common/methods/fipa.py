@@ -14,24 +14,20 @@ V = [U_1ᵀ; ...; U_Mᵀ] and Σ = diag((N_m/N) λ): (Ĥ + βI)^† b = Vᵀ Σ^
 and a are in memory; V streams from a file in blocks, twice.
 
 Deviations from the paper:
-* One convention: the paper's. The published code computes γβ (Ĥ + βI)^{-1} b; `convention = "code"` does the same.
-  Its "orthogonal-complement correction" is identically zero, because b lies in the span of the sketches.
-* N_m counts cases. H_m is over a fixed seeded set of un-augmented samples, as many as `budget` affords once warm, with
-  normalisation layers in evaluation mode. For segmentation it is that of the voxelwise cross-entropy (mean over voxels,
-  class weights as in the loss); the Dice part of the loss is no likelihood and has none.
-* Exact where it is cheap: the closed form for a linear head, a dense matrix for few parameters.
-* Warm start (`warm`): a site goes on from its last subspace, which the paper does not do; `warm = 0` is the paper.
-* Adaptive rules as in the code (gradients as means), with the total gradient of the round before instead of one more
-  exchange, and clamped where they misbehave (common/numerics/adaptive.py).
-* Beyond the paper: `damping`, a β that fits the scale of Ĥ, and `fallback`, the mean update where no sketch speaks. Both
-  are on: on real networks the pseudo-inverse of low-rank sketches follows the difference of two nearly equal
-  directions, and what no sketch holds is lost (docs/methods/fipa.md has figures). `damping = 0`, `fallback = 0` is the
-  paper. Off: `delay` (a missing site's last sketch keeps its say), `clip`, `noise`, bf16 and int8 sketches.
+* One convention: the paper's; `convention = "code"` is the published code's γβ (Ĥ + βI)^{-1} b. Its "orthogonal-complement
+  correction" is identically zero, because b lies in the span of the sketches.
+* N_m counts cases. H_m is over a fixed seeded set of un-augmented samples, normalisation layers in evaluation mode; for
+  segmentation it is that of the voxelwise cross-entropy. Exact for a linear head and for few parameters.
+* Warm start (`warm`): a site goes on from its last subspace; `warm = 0` is the paper.
+* Adaptive rules as in the code (gradients as means, the total of the round before), clamped (common/numerics/adaptive.py).
+* Beyond the paper, on: `damping`, a β that fits the scale of Ĥ, and `fallback`, the mean update where no sketch speaks
+  (docs/methods/fipa.md says why; 0 and 0 is the paper). Off: `delay`, `clip`, `noise`, bf16 and int8 sketches.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -42,16 +38,8 @@ from torch import Tensor
 
 from common.errors import ConfigError, PayloadError, TrainingError
 from common.fisher import (
-    EXACT,
-    Stack,
-    affordable,
-    check_sketch,
-    fisher_of,
-    fisher_weighted,
-    flatten,
-    leading,
-    sketch_tensors,
-)
+    EXACT, Stack, affordable, check_sketch, fisher_of, fisher_weighted, flatten, leading, sketch_tensors,
+)  # fmt: skip
 from common.method import (
     Accumulator,
     Groups,
@@ -65,7 +53,6 @@ from common.method import (
     SiteWork,
 )
 from common.numerics.adaptive import adaptive_rank, adaptive_steps
-from common.numerics.gram import Blocks
 from common.numerics.quantise import Codec, clip_and_noise
 from common.numerics.rng import derive_seed
 from common.numerics.subspace import Eigenpairs, dense_eigenpairs
@@ -75,6 +62,8 @@ from common.work import tuned
 SKETCH = "sketch"
 OWN = "fipa"  # namespace of what FIPA itself keeps in a half's state
 SUBSET = "fipa.subset"
+FROZEN = "fipa.frozen"
+SECRET = "fipa.secret"
 GRADIENT = "fipa.gradient"
 
 
@@ -144,10 +133,17 @@ class FIPAParams(MethodParams):
     def _consistent(self) -> FIPAParams:
         if self.convention == "code" and self.beta + self.damping == 0:
             raise ValueError("convention 'code' needs beta above 0: its step is γβ(H+βI)^-1 b")
+        if self.adaptive and (self.clip or self.noise):
+            raise ValueError("adaptive sends the gradient as it is, so clip and noise would hide nothing")
         if self.base == "fipa":
             raise ValueError("base must be another method")
         base_method(self)
         return self
+
+    def step(self) -> dict[str, Any]:
+        """Return the options of the server's step."""
+        names = {"beta", "damping", "gamma", "rcond", "fallback"}
+        return {**self.model_dump(include=names), "scaled": self.convention == "code"}
 
     def first(self, rounds: int) -> int:
         """Return the first FIPA round of a run."""
@@ -219,14 +215,20 @@ class FIPAServer(ServerHalf):
         Raises:
             ConfigError: A subset that does not fit the network, or a guard that FIPA's step would go around.
         """
-        if self.robust.reduce != "declared":
+        if self.params.rank and self.robust.reduce != "declared":
             raise ConfigError(
                 f"guard.reduce '{self.robust.reduce}' replaces means, and fipa takes no mean of what it aggregates: the "
                 "guard would protect nothing. Use another method, or guard.outlier and guard.update_norm."
             )
         state = self.base.init(model, groups, ctx)
         names = sketched(self.params, self.travelling(model, groups), groups)
-        return State(state.tensors, {**state.values, SUBSET: json.dumps(names)})
+        touched = {name.rpartition(".")[0] for name in names}
+        frozen = [
+            name
+            for name in state.part("model")
+            if name not in names and (name in groups["all"] or name.rpartition(".")[0] not in touched)
+        ]
+        return State(state.tensors, {**state.values, SUBSET: json.dumps(names), FROZEN: json.dumps(frozen)})
 
     def send(self, state: State, site: str, ctx: RoundContext) -> list[Payload]:
         """Return what the base method sends, with the norm of the last total gradient for the adaptive rules."""
@@ -290,8 +292,8 @@ class FIPAServer(ServerHalf):
             self._recall(stack, state, ctx)
             try:
                 with stack.sketches as sketches:
-                    step = self._step(sketches.blocks(), *stack.weigh(), mean)
-            except ValueError as error:
+                    step = fisher_weighted(sketches.blocks(), *stack.weigh(), mean, **self.params.step())
+            except (ValueError, torch.linalg.LinAlgError) as error:
                 raise PayloadError(
                     f"Round {ctx.round}: the sites' Fisher sketches cannot be combined; their values are beyond all "
                     "measure. Lower train.lr, or raise fipa's damping.", detail=str(error),
@@ -300,23 +302,15 @@ class FIPAServer(ServerHalf):
             step = None  # the base method's result, to the bit
         else:
             step = mean * self.params.fallback
-        model = dict(new) if self.params.rest == "base" else dict(old)
+        model = dict(new)
+        if self.params.rest == "frozen":
+            model.update({name: old[name] for name in json.loads(str(state.values[FROZEN]))})
         if step is not None:
             moved = torch.split(theta + step, [old[name].numel() for name in names])
             for name, values in zip(names, moved, strict=True):
                 model[name] = values.reshape(old[name].shape).to(old[name].dtype)
-        elif self.params.rest == "frozen":
-            model.update({name: new[name] for name in names})
         after = after.having("model", model)
         return after if stack is None else self._remember(after, stack, cases, ctx)
-
-    def _step(self, blocks: Blocks, sigma: Tensor, a: Tensor, mean: Tensor) -> Tensor:
-        """Return Δθ (p,) of eq. 6 and 13, with the mean where no sketch speaks."""
-        params: FIPAParams = self.params
-        return fisher_weighted(
-            blocks, sigma, a, mean, beta=params.beta, damping=params.damping, gamma=params.gamma,
-            scaled=params.convention == "code", rcond=params.rcond, fallback=params.fallback,
-        )  # fmt: skip
 
     def _recall(self, stack: Stack, state: State, ctx: RoundContext) -> None:
         """Let the last sketches of missing sites keep their say, discounted by age: they ask to stay where θ is."""
@@ -327,9 +321,10 @@ class FIPAServer(ServerHalf):
             site = key.partition("/")[2]
             if site in present:
                 continue
-            age = ctx.round - int(state.values[key])
-            cases = int(state.values[f"{OWN}.cases/{site}"])
-            stack.put(site, cases, state.part(f"{OWN}.sketch/{site}"), None, self.params.delay**age)
+            discount = self.params.delay ** (ctx.round - int(state.values[key]))
+            if discount > self.params.rcond:
+                cases = int(state.values[f"{OWN}.cases/{site}"])
+                stack.put(site, cases, state.part(f"{OWN}.sketch/{site}"), None, discount)
 
     def _remember(self, state: State, stack: Stack, cases: int, ctx: RoundContext) -> State:
         values = dict(state.values)
@@ -370,9 +365,12 @@ class FIPASite(SiteHalf):
         started = time.perf_counter()
         work.load(self.base.start(received, state))
         work.progress(SKETCH)
+        if params.noise and SECRET not in state.values:
+            # the run's seed is known to who receives the sketch: noise drawn from it could be taken off again
+            state = State(state.tensors, {**state.values, SECRET: secrets.token_hex(16)})
         try:
-            sketch, basis, steps = self._sketch(work, received, names, state.part(OWN).get("basis"))
-        except ValueError as error:
+            sketch, basis, steps = self._sketch(work, received, names, state)
+        except (ValueError, torch.linalg.LinAlgError) as error:
             raise TrainingError(
                 f"{work.ctx.site}: the Fisher information of the received model cannot be measured; its outputs or "
                 "derivatives are probably not finite. Lower train.lr, or raise fipa's damping.",
@@ -391,7 +389,7 @@ class FIPASite(SiteHalf):
         return tuned(work, lr_scale=self.params.lr_scale, steps=steps, trainable=trainable)
 
     def _sketch(
-        self, work: SiteWork, received: Payloads, names: list[str], start: Tensor | None
+        self, work: SiteWork, received: Payloads, names: list[str], state: State
     ) -> tuple[Payload, Tensor | None, int | None]:
         """Return the sketch, the basis to go on from, and the local steps where the adaptive rule sets them."""
         params: FIPAParams = self.params
@@ -407,7 +405,7 @@ class FIPASite(SiteHalf):
                 pairs = dense_eigenpairs(operator.dense().to(torch.float64), params.rank)
             else:
                 pairs, basis = leading(
-                    operator, params.rank, start, oversampling=params.oversampling, iterations=params.iterations,
+                    operator, params.rank, state.part(OWN).get("basis"), oversampling=params.oversampling, iterations=params.iterations,
                     warm=params.warm, seed=derive_seed(SKETCH, work.ctx.seed, work.ctx.site),
                 )  # fmt: skip
             if params.adaptive:
@@ -416,7 +414,7 @@ class FIPASite(SiteHalf):
                 extra["g"] = gradient.to("cpu", torch.float32)
         U, lam = clip_and_noise(
             pairs.U, pairs.lam, clip=params.clip, noise=params.noise,
-            seed=derive_seed("noise", work.ctx.seed, work.ctx.site, work.ctx.round),
+            seed=derive_seed("noise", str(state.values.get(SECRET, "")), work.ctx.round),
         )  # fmt: skip
         tensors = {**sketch_tensors(U, lam, params.codec), **extra}
         meta: dict[str, Scalar] = {"samples": count, "products": pairs.products}

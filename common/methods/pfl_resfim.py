@@ -14,21 +14,20 @@ is a parameter:
     θ̄_j = Σ_c n_c M_cj θ_cj / Σ_c n_c M_cj,      θ_ij ← M_ij θ̄_j + (1 − M_ij) θ_ij
 
 A round of site i: assemble θ_i with the mask of its last round, train, measure R and the new mask, send the invariant values
-and the mask. The sensitive values never leave. A value that nobody shares keeps its last mean at the coordinator.
+and the mask. Under a hard mask sensitive values stay. A value that nobody shares keeps its last mean at the coordinator.
 
 * Before round `first` there is no mask, and the round is FedAvg's; round 1 has no styles of others to measure with.
 * Styles go to a site in the rounds in which its mask is due, and to a site that has just come. A missing site's style stays.
 * `local` groups never travel and have no mask; by default the buffers, as batch statistics have no Fisher information.
 * F is that of the cross-entropy without class weights, over a fixed seeded set of un-augmented samples, in evaluation mode.
-* Tables have no spectrum: their style is mean and standard deviation of each feature, and the transfer matches these moments.
-  Standardised columns (`data.normalise` other than "none") have all the same moments, so nothing is found sensitive there.
-* A parameter whose Fisher information does not change is never sensitive, whatever ρ is: λ = 0 is FedAvg.
+* Tables have no spectrum: their style is each feature's mean and standard deviation; standardised columns have all the same.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable
 from typing import Literal, Self
 
@@ -63,7 +62,9 @@ from common.sensitivity import Measurement, check_style, check_styles, measure_s
 SENSITIVITY = "sensitivity"  # the phase in which a site measures
 NAMES = "resfim.names"
 WANTED = "resfim.style"
+MOST_BANK = 0.1  # of the frequencies, in the spectra of single patches
 MODEL = PayloadSpec("model", Kind.MODEL)
+OWN = PayloadSpec("model", Kind.MODEL, from_received=False)
 KEPT = PayloadSpec("model", Kind.MODEL, Reduce.NONE, like_model=False)
 MASK = PayloadSpec("sensitive", Kind.SENSITIVITY_MASK, Reduce.NONE, like_model=False)
 STYLE = PayloadSpec("style", Kind.STYLE_SPECTRUM, Reduce.NONE, like_model=False, optional=True)
@@ -127,6 +128,10 @@ class ResFIMParams(MethodParams):
     def _consistent(self) -> Self:
         if self.soft and (self.tau or self.aggregate == "intersection"):
             raise ValueError("soft has no mask, so neither tau nor aggregate 'intersection' goes with it")
+        if self.style == "bank" and self.beta > MOST_BANK:
+            raise ValueError(
+                f"a bank holds spectra of single patches; beta above {MOST_BANK} would let them be rebuilt"
+            )
         if self.freeze_after and self.freeze_after < self.first:
             raise ValueError(
                 f"freeze_after {self.freeze_after} is before first ({self.first}): no mask at all"
@@ -195,7 +200,7 @@ class ResFIMServer(ServerHalf):
         unshared = (UNSHARED,) if params.splits and params.aggregate == "intersection" else ()
         self.downlink = (type(self).downlink[0], *styles, *unshared)
         style = (STYLE,) if params.measures else ()
-        self.uplink = (*((KEPT, MASK) if params.masked else (MODEL,)), *style)
+        self.uplink = (*((KEPT, MASK) if params.masked else (OWN if params.splits else MODEL,)), *style)
 
     def travelling(self, model: Template, groups: Groups) -> Template:
         """Return the tensors outside the local groups."""
@@ -246,7 +251,7 @@ class ResFIMServer(ServerHalf):
                 f"{'none' if wanted else 'one'}. Let both ends run the same version.", site=who,
             )  # fmt: skip
         if style is not None:
-            check_style(style.tensors, state.part("style"), params.most, who=who)
+            check_style(style.tensors, {}, params.most, who=who)
         if not params.masked:
             return
         model, masks = state.part("model"), reply.payloads["sensitive"].tensors
@@ -303,11 +308,12 @@ class ResFIMServer(ServerHalf):
         new = self._wanted(state, site, ctx) and ctx.round >= params.first
         if not params.measures or not (new or params.due(ctx)):
             return {}
-        others = {
-            name: tensor
-            for name, tensor in sorted(state.part("style").items())
-            if name.partition("/")[2] != site
-        }
+        held = sorted(state.part("style").items())
+        forms = {name: (name.partition("/")[0], tuple(style.shape[-2:])) for name, style in held}
+        own = [forms[name] for name, _ in held if name.partition("/")[2] == site]
+        # an odd style harms its sender alone: a site is sent those of its own form, a new one those most have
+        fitting = own or [form for form, _ in Counter(forms.values()).most_common(1)]
+        others = {k: v for k, v in held if forms[k] in fitting and k.partition("/")[2] != site}
         if 0 < params.styles < len(others):
             draw = generator("styles", ctx.seed, site, ctx.round)
             chosen = torch.randperm(len(others), generator=draw)[: params.styles].tolist()
@@ -315,13 +321,9 @@ class ResFIMServer(ServerHalf):
         return others
 
     def _with_styles(self, state: State, arrived: dict[str, Tensors]) -> State:
-        """Keep the styles that came; one that does not fit those before it is left out, and asked for again."""
+        """Keep the styles that came."""
         held = state.part("style")
         for site, tensors in arrived.items():
-            try:
-                check_style(tensors, held, self.params.most, who=site)
-            except PayloadError:
-                continue
             held.update({f"{form}/{site}": style for form, style in tensors.items()})
         return state.having("style", held)
 

@@ -6,12 +6,14 @@ import torch
 from common.config import ModelConfig
 from common.errors import ConfigError, QuorumError
 from common.fisher import fisher_weighted
+from common.method import Reply
 from common.methods.fipa import FIPA, FIPAParams, FIPAServer, base_method, sketched
 from common.models import build_model, parameter_groups, template
 from common.numerics.quantise import unpack
-from common.payload import Kind, State
+from common.payload import Kind, Payload, State
 from common.store import tensor_bytes
 from common.wire import decode, encode
+from common.work import Groups, RoundContext
 from server.strategy import MethodStrategy
 from tests.harness import Federation, MemoryLink, table_config
 
@@ -49,7 +51,9 @@ def dense_step(answers, before, names, *, beta=0.0, damping=0.0, gamma=1.0, fall
     for cases, sketch, discount in absent:
         H = sketch["U"].double().T @ torch.diag(sketch["lam"]) @ sketch["U"].double() * discount
         entries.append((cases, H, torch.zeros_like(theta), sketch["U"].double()))
-    total = sum(entry[0] for entry in entries)
+    total = sum(entry[0] for entry in entries[: len(answers)]) + sum(
+        cases * discount for cases, _, discount in absent
+    )
     H = sum(cases / total * matrix for cases, matrix, _, _ in entries)
     b = sum(cases / total * matrix @ update for cases, matrix, update, _ in entries)
     eye = torch.eye(len(theta), dtype=torch.float64)
@@ -267,14 +271,16 @@ def test_the_adaptive_rules_set_rank_and_steps(federation):
     assert tensor_bytes(plain.state.part("model")) != tensor_bytes(loop.state.part("model"))
 
 
-def test_clipping_and_noise_change_the_sketch_and_are_repeatable(federation):
+def test_clipping_is_repeatable_and_noise_is_the_sites_secret(federation):
     def sketch(home, **params):
         federation.run(config(2, rank=3, warmup_rounds=1, **params), home=home)
         return tensor_bytes(replies(federation.link, 2)["alpha"].payloads["sketch"].tensors)
 
-    plain, noisy = sketch("a"), sketch("b", noise=0.1, clip=0.5)
-    assert noisy == sketch("c", noise=0.1, clip=0.5)
-    assert noisy != plain
+    plain, clipped = sketch("a"), sketch("b", clip=0.5)
+    assert clipped == sketch("c", clip=0.5) != plain
+    noisy = sketch("d", noise=0.1, clip=0.5)
+    assert noisy not in (plain, clipped)
+    assert noisy != sketch("e", noise=0.1, clip=0.5)  # from the site's own secret, not from the run's seed
 
 
 @pytest.mark.parametrize("stop", [2, 3])
@@ -327,6 +333,7 @@ def test_a_sketch_of_another_form_is_refused_by_name(federation):
     assert "eigenvalues of at least 0" in spoil(federation, change("lam", lambda lam: lam - 1e3))
     assert "at most 3 rows of 8" in spoil(federation, change("U", lambda U: U[:, :-1]))
     assert "torch.int8" in spoil(federation, change("U", lambda U: U.float()))
+    assert "scales of at least 0" in spoil(federation, change("scale", lambda scale: -scale))
     assert "'scale' of shape (3,)" in spoil(federation, change("scale", lambda scale: scale[:2]))
     assert "the tensors U, lam, scale" in spoil(
         federation, lambda payloads: payloads["sketch"].tensors.pop("lam")
@@ -337,8 +344,6 @@ def test_a_sketch_belongs_into_its_rounds(federation):
     assert "needs a Fisher sketch" in spoil(federation, lambda payloads: payloads.pop("sketch"))
 
     def early(payloads):
-        from common.payload import Payload
-
         payloads["sketch"] = Payload("sketch", Kind.FISHER_SKETCH)
 
     assert "takes no Fisher sketch" in spoil(federation, early, number=1)
@@ -351,6 +356,8 @@ def test_settings_that_cannot_work_are_refused_with_the_remedy():
         base_method(FIPAParams(base="local-only"))
     with pytest.raises(ConfigError, match="Did you mean"):
         base_method(FIPAParams(base="fedprxo"))
+    with pytest.raises(ConfigError, match="would hide nothing"):
+        FIPA.parse({"adaptive": True, "noise": 0.1})
     with pytest.raises(ConfigError, match="another method"):
         FIPA.parse({"base": "fipa"})
     settings = config(hidden=(4,))
@@ -365,6 +372,33 @@ def test_settings_that_cannot_work_are_refused_with_the_remedy():
     server.robust = guarded.guard
     with pytest.raises(ConfigError, match="takes no mean"):
         server.init(dict(network.state_dict()), groups, None)
+    control = FIPAServer(FIPA.parse({"rank": 0}))
+    control.robust = guarded.guard
+    assert control.init(dict(network.state_dict()), groups, None)
+
+
+def test_frozen_leaves_the_statistics_of_trained_layers_alone():
+    network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+    model = dict(network.state_dict())
+    groups = Groups(
+        {"extractor": ("0.weight", "0.bias", "1.weight", "1.bias"), "head": ("2.weight", "2.bias")}
+    )
+    moved = {name: tensor + 5 for name, tensor in model.items()}
+
+    def after(**params):
+        server = FIPAServer(FIPA.parse({"rank": 0, "rest": "frozen", "warmup_rounds": 0, **params}))
+        ctx = RoundContext("run", 1, 3, 0)
+        state = server.init(model, groups, ctx)
+        acc = server.fold(
+            server.begin(state, ctx), Reply("a", 1, {"model": Payload("model", Kind.MODEL, moved)})
+        )
+        return server.finish(state, acc, ctx).part("model")
+
+    assert all(torch.equal(after()[name], moved[name]) for name in model)
+    still = after(subset=["head"])
+    assert all(
+        torch.equal(still[name], moved[name] if name.startswith("2") else model[name]) for name in model
+    )
 
 
 def test_any_registered_base_with_a_mean_is_taken():

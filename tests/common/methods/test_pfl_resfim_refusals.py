@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from common.errors import ConfigError, PayloadError
+from common.errors import ConfigError
 from common.methods.pfl_resfim import PFL_RESFIM, ResFIMServer
 from common.models import build_model, parameter_groups
 from common.numerics.rng import generator
 from common.payload import Kind, Payload
-from common.sensitivity import Measurement, check_style, matched, measure_style, moments_of
+from common.sensitivity import Measurement, matched, measure_style, moments_of
+from common.work import RoundContext
 from tests.common.methods.resfim_lab import advance, config, guarded, three_sites
 
 
@@ -63,16 +64,20 @@ def test_a_style_out_of_its_place_or_form_is_refused_by_name(lab):
     assert "negative" in refusal(lab, replace({"moments": -torch.ones(2, 3)}), number=1)
 
 
-def test_a_style_unlike_the_others_is_left_out_then_refused():
+def test_a_style_unlike_the_others_harms_its_sender_alone():
     server = ResFIMServer(PFL_RESFIM.parse({}))
+    ctx = RoundContext("run", 2, 5, 0)
+    shapes = {"a": (2, 9), "b": (2, 4), "c": (2, 4)}
     state = server._with_styles(
-        config_state := server.init(*_network(), None),
-        {"a": {"moments": torch.ones(2, 3)}, "b": {"moments": torch.ones(2, 4)}},
+        server.init(*_network(), None),
+        {site: {"moments": torch.ones(shape)} for site, shape in shapes.items()},
     )
-    assert set(state.part("style")) == {"moments/a"}
-    assert not config_state.part("style")
-    with pytest.raises(PayloadError, match="another site's 'moments' is"):
-        check_style({"moments": torch.ones(2, 4)}, state.part("style"), 0, who="b")
+    assert set(state.part("style")) == {"moments/a", "moments/b", "moments/c"}
+    assert {site: set(server._styles(state, site, ctx)) for site in (*shapes, "new")} == {
+        "a": set(), "b": {"moments/c"}, "c": {"moments/b"}, "new": {"moments/b", "moments/c"},
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="rebuilt"):
+        PFL_RESFIM.parse({"style": "bank", "beta": 0.5})
 
 
 def _network(**params):
