@@ -38,7 +38,15 @@ from torch import Tensor
 
 from common.errors import ConfigError, PayloadError, TrainingError
 from common.fisher import (
-    EXACT, Stack, affordable, check_sketch, fisher_of, fisher_weighted, flatten, leading, sketch_tensors,
+    EXACT,
+    Stack,
+    affordable,
+    check_sketch,
+    fisher_of,
+    fisher_weighted,
+    flatten,
+    leading,
+    sketch_tensors,
 )  # fmt: skip
 from common.method import (
     Accumulator,
