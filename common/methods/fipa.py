@@ -6,12 +6,11 @@ Reference: Chang, He, Hao: Fisher-Informed Parameterwise Aggregation for Federat
     H_m = (1/N_m) Σ_i J_iᵀ S_i J_i,   S = diag(p) − p pᵀ for softmax cross-entropy                            (eq. 4)
     θ^{k+1} = θ^k + Σ_m (N_m/N) Ĥ^† Ĥ_m Δθ_m,   Ĥ = Σ_m (N_m/N) Ĥ_m                                          (eq. 6)
     Δθ = γ (Ĥ + βI)^† b,   b = Σ_m (N_m/N) U_m Λ_m (U_mᵀ Δθ_m)                                               (eq. 13 ff.)
-    subspace iteration V ← orth(H V), then Rayleigh-Ritz                                                      (eq. 10-12)
+    subspace iteration V ← orth(H V), then Rayleigh-Ritz: common/numerics/subspace.py                         (eq. 10-12)
 
 Any method may do the local work and the warm-up (`base`); in a FIPA round each site also sends its sketch, and the
-server replaces the mean of the sketched parameters by the step above. Server side with G = VVᵀ for the stacked rows
-V = [U_1ᵀ; ...; U_Mᵀ] and Σ = diag((N_m/N) λ): (Ĥ + βI)^† b = Vᵀ Σ^½ (Σ^½ G Σ^½ + βI)^† Σ^½ a, a_m = U_mᵀ Δθ_m. Only G
-and a are in memory; V streams from a file in blocks, twice.
+server replaces the mean of the sketched parameters by the step above, from the Gram matrix of all sketches, which stream
+from a file in blocks (common/numerics/gram.py).
 
 Deviations from the paper:
 * One convention: the paper's; `convention = "code"` is the published code's γβ (Ĥ + βI)^{-1} b. Its "orthogonal-complement
@@ -19,7 +18,7 @@ Deviations from the paper:
 * N_m counts cases. H_m is over a fixed seeded set of un-augmented samples, normalisation layers in evaluation mode; for
   segmentation it is that of the voxelwise cross-entropy. Exact for a linear head and for few parameters.
 * Warm start (`warm`): a site goes on from its last subspace; `warm = 0` is the paper.
-* Adaptive rules as in the code (gradients as means, the total of the round before), clamped (common/numerics/adaptive.py).
+* Adaptive rules as in the code (gradients as means, the total of the round before), clamped: common/numerics/adaptive.py.
 * Beyond the paper, on: `damping`, a β that fits the scale of Ĥ, and `fallback`, the mean update where no sketch speaks
   (docs/methods/fipa.md says why; 0 and 0 is the paper). Off: `delay`, `clip`, `noise`, bf16 and int8 sketches.
 """
@@ -81,12 +80,8 @@ class FIPAParams(MethodParams):
     rank: int = Field(default=10, ge=0, le=10_000, description="r, eigenpairs a site sends; 0 sends none")
     oversampling: int = Field(default=5, ge=0, le=10_000, description="s, columns iterated beside them")
     iterations: int = Field(default=3, ge=1, le=100, description="q, subspace iterations from a random start")
-    warm: int = Field(
-        default=1, ge=0, le=100, description="products with H from the last round's subspace; 0 starts anew"
-    )
-    budget: float = Field(
-        default=2.0, gt=0, description="epochs' worth of gradients a warm sketch may cost; sets the samples"
-    )
+    warm: int = Field(default=1, ge=0, le=100, description="products from the last subspace; 0 starts anew")
+    budget: float = Field(default=2.0, gt=0, description="epochs a warm sketch may cost; sets the samples")
     samples: int = Field(default=0, ge=0, description="training samples in the sketch; 0 follows from budget")
     subset: tuple[str, ...] = Field(
         default=("all",), min_length=1, description="parameters in the sketch: all, groups or name patterns"
