@@ -1,0 +1,1 @@
+"""pFL-ResFIM against its baselines, and what its parameters do."""
