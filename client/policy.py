@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from client.site_config import Policy
 from common.errors import PolicyError, nearest
 from common.method import Method
-from common.payload import Payload, PayloadSpec
+from common.payload import Kind, Payload, PayloadSpec
 
 ANY = "*"
 
@@ -36,6 +36,12 @@ def take_part(policy: Policy, site: str, method: Method, specs: Iterable[Payload
                 f"{site}: method '{method.name}' sends payloads of kind '{spec.kind}', which the site's policy keeps in.",
                 site=site,
             )
+        if spec.kind is Kind.DATA_SKETCH and ANY not in policy.sketches and spec.form not in policy.sketches:
+            allowed = ", ".join(policy.sketches) or "none"
+            raise PolicyError(
+                f"{site}: method '{method.name}' asks for the data sketch '{spec.form}', the site's policy lets out: {allowed}.",
+                site=site,
+            )
 
 
 def enough_cases(policy: Policy, site: str, cases: int) -> None:
@@ -62,4 +68,10 @@ def release(policy: Policy, site: str, payloads: Iterable[Payload], cases: int) 
             raise PolicyError(
                 f"{site}: the site's policy lets no payload of kind '{payload.kind}' out.", site=site
             )
+        if payload.kind is Kind.DATA_SKETCH and ANY not in policy.sketches:
+            for form in payload.tensors:
+                if form not in policy.sketches:
+                    raise PolicyError(
+                        f"{site}: the site's policy lets no data sketch '{form}' out.", site=site
+                    )
     enough_cases(policy, site, cases)

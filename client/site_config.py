@@ -53,6 +53,9 @@ class Policy(Strict):
 
     methods: tuple[str, ...] = ("*",)
     kinds: tuple[str, ...] = ("*",)
+    sketches: tuple[str, ...] = Field(
+        default=("*",), description="forms of data sketches that may leave: labels, features, image, gradient"
+    )
     min_cases: int = Field(default=1, ge=1)
     max_out_mb: float = Field(
         default=0, ge=0, description="most MB that may leave in a round, repetitions included; 0 no limit"

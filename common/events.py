@@ -203,6 +203,18 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
         "a site wrote example slices, which stay there",
         {"round": "1-based", "count": "pictures"},
     ),
+    "styles.saved": (
+        "a site wrote how one of its training samples looks in other sites' styles, which stays there",
+        {"round": "1-based", "count": "pictures"},
+    ),
+    "method.figures": (
+        "what the method tells of a finished round beside its model, for the report",
+        {
+            "round": "1-based",
+            "method": "name",
+            "figures": "by name: numbers, aliases and names of the model's tensors; `kind` says which (docs/methods)",
+        },
+    ),
     "warning": (
         "something an operator should know",
         {"code": "short code", "message": "safe sentence", "round": "1-based"},

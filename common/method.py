@@ -18,7 +18,7 @@ reduces each payload as its spec says, or as the run's guard says; most methods 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,11 +83,13 @@ class ServerHalf:
         downlink, uplink: What each site receives and sends; an instance may have its own, by its parameters.
         robust: The run's guard; `reduce` and `trim` of it say how case-weighted means are replaced. Set on the
             instance (`make_halves`, the round loop); the default changes nothing.
+        sites: Aliases that the run names, set like `robust`; none where the run takes whoever is there.
     """
 
     downlink: tuple[PayloadSpec, ...] = (PayloadSpec("model", Kind.MODEL, Reduce.NONE),)
     uplink: tuple[PayloadSpec, ...] = (PayloadSpec("model", Kind.MODEL, Reduce.WEIGHTED_MEAN),)
     robust: GuardConfig = GuardConfig()
+    sites: tuple[str, ...] = ()
 
     def __init__(self, params: Any) -> None:
         self.params = params
@@ -112,6 +114,10 @@ class ServerHalf:
     def send(self, state: State, site: str, ctx: RoundContext) -> list[Payload]:
         """Return what one site receives this round (also in the closing evaluation)."""
         return [Payload("model", Kind.MODEL, state.part("model"))]
+
+    def stream(self, site: str) -> str:
+        """Return which model a site is sent: sites with the same answer are sent the same; "" is everybody's."""
+        return ""
 
     def begin(self, state: State, ctx: RoundContext) -> Accumulator:
         """Return an empty accumulator for the round."""
@@ -197,6 +203,18 @@ class ServerHalf:
             return state
         return state.having("model", {key: cast_like(reduced["model"][key], old[key]) for key in old})
 
+    def figures(self, state: State, acc: Accumulator, ctx: RoundContext) -> dict[str, Any]:
+        """Return what is worth telling of a finished round, as JSON values; the loop tells it in `method.figures`.
+
+        Numbers, aliases and names of the model's tensors alone, and few: it is one line in every round's events.
+
+        Args:
+            state: The state after the round.
+            acc: The round's, used up by `finish` but for its `extra`.
+            ctx: The round's.
+        """
+        return {}
+
     def model(self, state: State) -> Tensors | None:
         """Return the global model to save, or None if the method has none."""
         return state.part("model") or None
@@ -229,6 +247,19 @@ class SiteHalf:
         work.load(self.start(received, state))
         stats = work.fit(loss_term=self.loss_term(work, received, state))
         return SiteResult([Payload("model", Kind.MODEL, work.weights())], state, work.cases, stats)
+
+    def pictures(self, work: SiteWork, received: Payloads, state: State) -> Iterator[tuple[str, Tensor]]:
+        """Yield pictures for the hospital's own eyes, after a round that succeeded; nothing of them ever leaves.
+
+        Args:
+            work: What the worker offers, as `train` left it.
+            received: What came in this round.
+            state: The state after it.
+
+        Yields:
+            The alias of another site, and a sample (2, C, *S) before and after what this method does with it.
+        """
+        return iter(())
 
 
 @dataclass(frozen=True)
@@ -271,7 +302,7 @@ def make_halves(method: Method, config: RunConfig) -> tuple[ServerHalf, SiteHalf
     """Build both halves with a run's parameters and guard (each end uses one of them)."""
     params = method.parse(config.params)
     server = method.server(params)
-    server.robust = config.guard
+    server.robust, server.sites = config.guard, config.sites
     return server, method.site(params)
 
 

@@ -62,6 +62,7 @@ class PayloadSpec:
         optional: True if a message may come without it.
         from_received: True if the payload is what was received under its name, trained on; only then has its change a
             meaning from round to round, and may be compressed with error feedback.
+        form: What of its kind it is, where a hospital's policy tells forms apart (data sketches).
     """
 
     name: str
@@ -70,6 +71,7 @@ class PayloadSpec:
     like_model: bool = True
     optional: bool = False
     from_received: bool = True
+    form: str = ""
 
 
 @dataclass

@@ -93,7 +93,7 @@ class RoundLoop:
         self.config = config
         self.method = method
         self.server = method.server(method.parse(config.params))
-        self.server.robust = config.guard
+        self.server.robust, self.server.sites = config.guard, config.sites
         shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.items()}
         self.template = self.server.travelling(
             shapes, groups
@@ -162,6 +162,9 @@ class RoundLoop:
             )
         state = self.server.finish(self.state, acc, context)
         check_state(state.tensors, what=f"Round {number}")
+        figures = self.server.figures(state, acc, context)
+        if figures:
+            self.events.emit("method.figures", round=number, method=self.method.name, figures=figures)
         self._tell_end(number, log, closing=False)
         return state
 

@@ -10,10 +10,11 @@ from common.methods.fedbn import FEDBN
 from common.methods.fedprox import FEDPROX
 from common.methods.fipa import FIPA
 from common.methods.local_only import LOCAL_ONLY
+from common.methods.pfednet import PFEDNET
 from common.methods.pfl_resfim import PFL_RESFIM
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (DITTO, FEDAVG, FEDBN, FEDPROX, FIPA, LOCAL_ONLY, PFL_RESFIM)
+    method.name: method for method in (DITTO, FEDAVG, FEDBN, FEDPROX, FIPA, LOCAL_ONLY, PFEDNET, PFL_RESFIM)
 }
 
 
