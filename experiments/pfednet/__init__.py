@@ -1,0 +1,1 @@
+"""pFedNet and CER against their baselines: quality, bytes, and what λ does."""

@@ -1,0 +1,345 @@
+"""Tables and plots of the study's results.
+
+    .venv/bin/python -m experiments.pfl_resfim.tables [--results DIR] [--out DIR]
+
+Reads what `study` has written so far; what is not there yet is a dash. Writes to `--out`:
+
+    tables.md     for each task all methods on test cases, and the sweep on validation cases; also printed
+    sweep.png     the sweep: one column of panels per parameter, one row per task
+    sites.png     test cases: all of them and by site, per method
+    curves.png    validation cases over the rounds, per method
+
+"a ± b" is mean and standard deviation (n - 1) over seeds; "all test cases" weighs every case the same, "mean over sites"
+every site. MB are 10^6 bytes of whole messages up, with handshake and closing round, divided by sites and rounds. CPU seconds
+are those of a whole run: all sites, coordinator and evaluation on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.fipa.plots import COLOURS, panels, save, tidy
+from experiments.lab import console, overall, read_results, validation
+from experiments.pfl_resfim.study import BASE, METHODS, RESULTS, SWEEP
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Result = dict[str, Any]
+Results = dict[str, Result]
+
+TASKS = {"brain": "default brain trial (3D)", "vessels": "retinal vessels (2D)"}
+TITLES = {"dice": "Dice"}
+REFERENCES = ("FedAvg", "local only")
+MISSING = "-"
+DASHES = ("-", "--", "-.", ":")
+# One colour and one line style a method in all plots, also where some are missing.
+LOOKS = {
+    label: (COLOURS[place], DASHES[place % len(DASHES)] if label != "pFL-ResFIM" else "-")
+    for place, label in enumerate(METHODS)
+}
+
+
+def chosen(results: Results, fits: Callable[[Result], bool], what: str) -> list[Result]:
+    """Return the finished runs of one line, by seed.
+
+    Args:
+        results: All, by name.
+        fits: Whether a run belongs to the line.
+        what: The line, for the error.
+
+    Returns:
+        One run a seed; none where nothing is finished yet.
+
+    Raises:
+        ValueError: Runs that differ in more than the seed, or two of one seed: their mean would be of nothing.
+    """
+    runs = sorted((run for run in results.values() if fits(run)), key=lambda run: run["seed"])
+    kinds = {(run["rounds"], run["data"], repr(run["params"]), tuple(sorted(run["test"]))) for run in runs}
+    if len(kinds) > 1 or len({run["seed"] for run in runs}) < len(runs):
+        raise ValueError(
+            f"The results of '{what}' are of {len(kinds)} settings and {len(runs)} runs; expected one setting and one run a "
+            "seed. Give results of one study alone."
+        )
+    return runs
+
+
+def method_runs(results: Results, task: str, label: str) -> list[Result]:
+    """Return the finished runs of a method of the comparison, by seed.
+
+    Raises:
+        ValueError: As `chosen`.
+    """
+    return chosen(
+        results,
+        lambda run: run["tags"].get("task") == task and run["tags"].get("method") == label,
+        f"{label}, {task}",
+    )
+
+
+def sweep_runs(results: Results, task: str, name: str, value: str) -> list[Result]:
+    """Return the finished runs of the sweep with one parameter's value, by seed.
+
+    Raises:
+        ValueError: As `chosen`.
+    """
+    tags = {"task": task, **BASE, name: value}
+    return chosen(results, lambda run: run["tags"] == tags, f"{name}={value}, {task}")
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Return "mean ± standard deviation (n - 1)", the value alone where there is one, a dash where there is none."""
+    if not values:
+        return MISSING
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def sent(run: Result) -> float:
+    """Return the MB (10^6 bytes) that a site sent in a round, on average."""
+    up = run["bytes"]["up"]
+    return float(sum(up.values()) / len(up) / run["rounds"] / 1e6)
+
+
+def at_site(run: Result, site: str) -> float:
+    """Return the primary figure on a site's test cases."""
+    return float(run["test"][site][run["primary"]])
+
+
+def sites_of(runs: Iterable[Result]) -> list[str]:
+    """Return the sites of some runs."""
+    return sorted({site for run in runs for site in run["test"]})
+
+
+def of_task(results: Results, task: str) -> list[Result]:
+    """Return all runs of a task."""
+    return [run for run in results.values() if run["tags"].get("task") == task]
+
+
+def figure_name(runs: Iterable[Result]) -> str:
+    """Return what the primary figure of some runs is called."""
+    return ", ".join(sorted({TITLES.get(str(run["primary"]), str(run["primary"])) for run in runs}))
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def method_table(results: Results, task: str) -> str:
+    """Return the comparison of the methods on one task's test cases, with a title."""
+    by_label = {label: method_runs(results, task, label) for label in METHODS}
+    every = [run for runs in by_label.values() for run in runs]
+    sites = sites_of(every)
+    rows = []
+    for label, runs in by_label.items():
+        figures = [spread([overall(run) for run in runs])]
+        figures += [spread([at_site(run, site) for run in runs]) for site in sites]
+        rows.append(
+            [label, str(len(runs)), *figures, spread([sent(run) for run in runs]),
+             spread([run["seconds"] for run in runs], 0)]
+        )  # fmt: skip
+    head = ["method", "seeds", "all test cases", *sites, "MB up per site and round", "CPU seconds"]
+    rounds = ", ".join(str(number) for number in sorted({run["rounds"] for run in every})) or MISSING
+    title = f"Test cases, {TASKS[task]}: {figure_name(every) or MISSING}, rounds: {rounds}"
+    return f"## {title}\n\n{markdown(head, rows)}"
+
+
+def references(results: Results, task: str) -> dict[str, list[float]]:
+    """Return validation figures of methods beside the sweep: after as many rounds, of the sweep's seeds."""
+    swept = [run for run in of_task(results, task) if "method" not in run["tags"]]
+    seeds, rounds = {run["seed"] for run in swept}, {run["rounds"] for run in swept}
+    found: dict[str, list[float]] = {label: [] for label in REFERENCES}
+    if len(rounds) != 1:
+        return found
+    last = rounds.pop()
+    for label, values in found.items():
+        runs = [run for run in method_runs(results, task, label) if run["seed"] in seeds]
+        values += [validation(run, last) for run in runs if str(last) in run["validation"]]
+    return found
+
+
+def sweep_table(results: Results) -> str:
+    """Return the sweep on validation cases, both tasks beside each other, with a title."""
+    rows = []
+    for name, values in SWEEP.items():
+        for value in values:
+            shown = f"{value} (default)" if value == BASE[name] else value
+            row = [name, shown]
+            for task in TASKS:
+                runs = sweep_runs(results, task, name, value)
+                row += [
+                    str(len(runs)),
+                    spread([validation(run) for run in runs]),
+                    spread([sent(run) for run in runs]),
+                ]
+            rows.append(row)
+    for label in REFERENCES:
+        row = [label, ""]
+        for task in TASKS:
+            figures = references(results, task)[label]
+            row += [str(len(figures)), spread(figures), ""]
+        rows.append(row)
+    head = ["parameter", "value"]
+    for task in TASKS:
+        head += [f"{task}, seeds", f"{task}, mean over sites", f"{task}, MB up per site and round"]
+    swept = [run for run in results.values() if "method" not in run["tags"]]
+    rounds = [sorted({run["rounds"] for run in swept if run["tags"]["task"] == task}) for task in TASKS]
+    each = "; ".join(
+        f"{task} after {', '.join(map(str, numbers)) or MISSING} rounds"
+        for task, numbers in zip(TASKS, rounds, strict=True)
+    )
+    return f"## Validation cases, one parameter at a time: {figure_name(swept) or MISSING}, {each}\n\n{markdown(head, rows)}"
+
+
+def sweep_plot(results: Results, path: Path) -> None:
+    """Draw the sweep: validation figures of each value, with the references as lines."""
+    figure, axes = panels(len(TASKS), len(SWEEP), width=2.5, height=2.5)
+    for row, task in zip(axes, TASKS, strict=True):
+        lines = references(results, task)
+        for place, (one, (name, values)) in enumerate(zip(row, SWEEP.items(), strict=True)):
+            sweep_panel(one, [sweep_runs(results, task, name, value) for value in values], name, task)
+            for label, figures in lines.items():
+                if figures:
+                    colour, dash = LOOKS[label][0], "--" if label == REFERENCES[0] else ":"
+                    one.axhline(statistics.fmean(figures), color=colour, lw=1.4, ls=dash, label=label)
+            if place:
+                one.sharey(row[0])
+            else:
+                one.set_ylabel(f"{figure_name(of_task(results, task))}, validation", fontsize=8)
+            one.set_title(f"{task}: {name}", fontsize=9)
+            finish(one, legend=not place)
+    save(figure, path)
+
+
+def sweep_panel(axes: Axes, groups: Sequence[Sequence[Result]], name: str, task: str) -> None:
+    """Draw one parameter's values at equal distances; those that can be ordered are joined."""
+    values = SWEEP[name]
+    found = [(x, [validation(run) for run in runs]) for x, runs in enumerate(groups) if runs]
+    ordered = all(value.replace(".", "", 1).isdigit() for value in values)
+    axes.errorbar(
+        [x for x, _ in found], [statistics.fmean(each) for _, each in found], [deviation(each) for _, each in found],
+        color=LOOKS["pFL-ResFIM"][0], ls="-" if ordered else "none", lw=1.4, marker="o", ms=4, capsize=2,
+        label="pFL-ResFIM",
+    )  # fmt: skip
+    axes.set_xticks(range(len(values)), values)
+    axes.set_xlim(-0.5, len(values) - 0.5)
+    axes.get_xticklabels()[values.index(BASE[name])].set_fontweight("bold")
+
+
+def sites_plot(results: Results, path: Path) -> None:
+    """Draw the test figures of all cases and of each site as bars, per method."""
+    figure, axes = panels(len(TASKS), 1, width=8.5, height=3.0)
+    for (one,), task in zip(axes, TASKS, strict=True):
+        by_label = {label: method_runs(results, task, label) for label in METHODS}
+        every = [run for runs in by_label.values() for run in runs]
+        sites, width = sites_of(every), 0.86 / len(METHODS)
+        for place, (label, runs) in enumerate(by_label.items()):
+            if not runs:
+                continue
+            groups = [[overall(run) for run in runs]] + [
+                [at_site(run, site) for run in runs] for site in sites
+            ]
+            at = [x + (place - (len(METHODS) - 1) / 2) * width for x in range(len(groups))]
+            one.bar(
+                at, [statistics.fmean(each) for each in groups], width, yerr=[deviation(each) for each in groups],
+                color=LOOKS[label][0], edgecolor="white", lw=0.4, capsize=1.5, error_kw={"lw": 0.8}, label=label,
+            )  # fmt: skip
+        one.set_xticks(range(len(sites) + 1), ["all test cases", *sites])
+        one.set_ylabel(f"{figure_name(every)}, test", fontsize=8)
+        one.set_title(TASKS[task], fontsize=9)
+        finish(one, outside=True)
+    save(figure, path)
+
+
+def curves_plot(results: Results, path: Path) -> None:
+    """Draw validation figures (mean over sites) from round 1 on: mean over seeds, and the deviation as a band."""
+    figure, axes = panels(1, len(TASKS), width=5.2, height=3.6)
+    for one, task in zip(axes[0], TASKS, strict=True):
+        every = []
+        for label in METHODS:
+            runs = method_runs(results, task, label)
+            every += runs
+            rounds = (
+                sorted(set.intersection(*(set(map(int, run["validation"])) for run in runs)) - {0})
+                if runs
+                else []
+            )
+            if not rounds:
+                continue
+            points = [[validation(run, number) for run in runs] for number in rounds]
+            mean, sd = [statistics.fmean(each) for each in points], [deviation(each) for each in points]
+            colour, dash = LOOKS[label]
+            one.plot(
+                rounds, mean, color=colour, ls=dash, lw=2.0 if label == "pFL-ResFIM" else 1.3, label=label
+            )
+            low, high = ([m + sign * s for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1))
+            one.fill_between(rounds, low, high, color=colour, alpha=0.12, lw=0)
+        one.set_title(TASKS[task], fontsize=9)
+        one.set_xlabel("round", fontsize=8)
+        one.set_ylabel(f"{figure_name(every)}, validation, mean over sites", fontsize=8)
+        finish(one)
+    save(figure, path)
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Return the standard deviation (n - 1); 0 for one value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def finish(axes: Axes, *, legend: bool = True, outside: bool = False) -> None:
+    """Tidy a panel; one without any line says so, as an empty frame looks like a fault."""
+    if not axes.get_legend_handles_labels()[0]:
+        axes.text(0.5, 0.5, "not run yet", transform=axes.transAxes, ha="center", fontsize=8, color="#666666")
+        axes.tick_params(labelsize=7)
+        return
+    tidy(axes)
+    axes.set_axisbelow(True)
+    shown = axes.get_legend()
+    if shown is not None and not legend:
+        shown.remove()
+    elif outside:
+        axes.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def write_tables(results: Results, out: Path) -> str:
+    """Write tables.md and the plots, and return the tables.
+
+    Args:
+        results: By name, as `lab.read_results` returns them.
+        out: Folder; made where it is not there.
+
+    Raises:
+        ValueError: Results of several settings under one label.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    text = "\n".join([*(method_table(results, task) for task in TASKS), sweep_table(results)])
+    (out / "tables.md").write_text(text, encoding="utf-8")
+    sweep_plot(results, out / "sweep.png")
+    sites_plot(results, out / "sites.png")
+    curves_plot(results, out / "curves.png")
+    return text
+
+
+def main(argv: list[str]) -> None:
+    """Write tables and plots of what is finished."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the study's results")
+    parser.add_argument("--out", type=Path, help="folder of tables and plots; by default under the results")
+    options = parser.parse_args(argv)
+    results = read_results(options.results)
+    if not results:
+        parser.error("the folder holds no result; run experiments.pfl_resfim.study first, or give --results")
+    console.out(write_tables(results, options.out or options.results / "tables"), highlight=False)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
