@@ -1,8 +1,8 @@
 """Many federations in one process each: what the evidence scripts run their methods on.
 
 The coordinator's loop, the sites, their borders and every message's bytes are the product's own; only Flower, the relay
-and the sockets are left out, so that a core does nothing but train. A trial over processes with the same seed and settings
-gives the same figures (tests/common/test_experiment_lab.py; threads change the last digits).
+and the sockets are left out, so that a core does nothing but train. The figures are those of the harness's run with the same
+seed and settings (tests/common/test_experiment_lab.py), and were those of a trial over processes where one was compared (heart).
 
     jobs = [Job("vessels-fedavg-0", Path("vessels"), "fedavg", rounds=20, seed=0)]
     results = run_jobs(jobs, Path("results"), workers=2)
@@ -107,7 +107,7 @@ def run_job(job: Job, out: Path, keep: Path | None = None) -> dict[str, Any]:
 
     Returns:
         name, tags, settings, primary; `validation`: by round and site; `test`: by site; `bytes`: by direction and site;
-        `seconds` (processor time of the whole run); `phases`: seconds by site and phase.
+        `seconds` (processor time of the whole run); `phases`: wall seconds by site and phase.
     """
     import torch
 
@@ -116,9 +116,7 @@ def run_job(job: Job, out: Path, keep: Path | None = None) -> dict[str, Any]:
     work.mkdir(parents=True, exist_ok=True)
     begun, processor = time.perf_counter(), time.process_time()
     try:
-        options = Options(
-            job.method, str(job.data), rounds=job.rounds, seed=job.seed, settings=job.settings
-        )
+        options = Options(job.method, str(job.data), rounds=job.rounds, seed=job.seed, settings=job.settings)
         plan = make_plan(options, job.data, work, runtime="lab")
         _run(plan, work)
         found = {"name": job.name, **figures(work / "events.jsonl")}
@@ -162,9 +160,17 @@ def _run(plan: Plan, work: Path) -> None:
 
 def figures(log: Path) -> dict[str, Any]:
     """Read a run's figures out of its events: each site's own model where it has one."""
-    found: dict[str, Any] = {"primary": "", "validation": {}, "test": {}, "bytes": {"up": {}, "down": {}}, "phases": {}}
+    found: dict[str, Any] = {
+        "primary": "",
+        "validation": {},
+        "test": {},
+        "bytes": {"up": {}, "down": {}},
+        "phases": {},
+    }
     events = list(read_events(log))
-    personal = {event["site"] for event in events if event["event"] == "metric" and event["model"] == "personal"}
+    personal = {
+        event["site"] for event in events if event["event"] == "metric" and event["model"] == "personal"
+    }
     for event in events:
         site = event.get("site", "")
         if event["event"] == "metric" and (event["model"] == "personal") == (site in personal):
@@ -189,15 +195,23 @@ def run_jobs(jobs: Sequence[Job], out: Path, *, workers: int = 0) -> dict[str, d
     """Run those jobs that have no result yet, some at a time, with a progress bar; return all results by name.
 
     Raises:
+        ValueError: A result of that name is of other settings.
         Exception: What ended a job; the others' results are kept, and the next call runs only what is missing.
     """
     done = read_results(out)
+    for job in jobs:
+        if job.name in done and not _is_of(done[job.name], job):
+            raise ValueError(
+                f"The result '{job.name}' is of other settings than the study's now. Remove it, or give another folder."
+            )
     left = [job for job in jobs if job.name not in done]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     context = multiprocessing.get_context("spawn")  # threads and generators begin anew in every process
     with (
         Progress(*columns, console=console, transient=True) as bar,
-        ProcessPoolExecutor(workers or os.cpu_count() or 1, mp_context=context, max_tasks_per_child=1) as pool,
+        ProcessPoolExecutor(
+            workers or os.cpu_count() or 1, mp_context=context, max_tasks_per_child=1
+        ) as pool,
     ):
         task = bar.add_task("runs", total=len(jobs), completed=len(jobs) - len(left))
         waiting = {pool.submit(run_job, job, out): job for job in left}
@@ -206,16 +220,27 @@ def run_jobs(jobs: Sequence[Job], out: Path, *, workers: int = 0) -> dict[str, d
                 found = future.result()
                 done[found["name"]] = found
                 bar.advance(task)
-                console.print(f"{found['name']}: {overall(found):.4f}, {found['seconds']:.0f} s", highlight=False)
+                console.print(
+                    f"{found['name']}: {overall(found):.4f}, {found['seconds']:.0f} s", highlight=False
+                )
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     return {job.name: done[job.name] for job in jobs}
 
 
+def _is_of(found: dict[str, Any], job: Job) -> bool:
+    same = (found["method"], found["seed"], tuple(found["settings"])) == (job.method, job.seed, job.settings)
+    return same and job.rounds in (None, found["rounds"])
+
+
 def read_results(out: Path) -> dict[str, dict[str, Any]]:
     """Return the results that lie in a folder, by name."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json"))} if out.is_dir() else {}
+    return (
+        {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json"))}
+        if out.is_dir()
+        else {}
+    )
 
 
 def overall(found: dict[str, Any]) -> float:
