@@ -9,22 +9,32 @@ answer carries the ledger's head, so that the coordinator is a witness of what t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from client import policy
 from client.ledger import Ledger, Record
 from client.ledger_lines import Phase
 from client.site_config import SiteConfig
-from common.compress import Compression, scaled
-from common.compress import received as as_received
+from common.compress import Compression
 from common.config import GuardConfig
-from common.errors import LedgerError, PayloadError, PolicyError, StorageError, WardroundError, safe_sentence
+from common.downlink import received as as_received
+from common.errors import (
+    BaseLostError,
+    LedgerError,
+    PayloadError,
+    PolicyError,
+    StorageError,
+    WardroundError,
+    safe_sentence,
+)
 from common.frames import Parts
 from common.guard import check_size, l2_norm, update_norm
 from common.payload import Kind, Payload, Payloads, PayloadSpec, State, Template, check_payloads
 from common.proto.wardround_pb2 import Header
+from common.squeeze import scaled
 from common.wire import CLOSING, HELLO, ROUND, Coded, Envelope, decode, encode, read_header
+from common.work import RoundContext
 
 PHASES: dict[int, Phase] = {HELLO: "hello", ROUND: "round", CLOSING: "closing"}
 MB = 1_000_000
@@ -52,16 +62,24 @@ class Border:
         """Let another worker have the ledger."""
         self.ledger.close()
 
-    def receive(self, parts: Parts) -> Envelope:
+    def receive(self, parts: Parts, kept: Callable[[Envelope], State] = lambda envelope: State()) -> Envelope:
         """Decode a message and note what came; one that cannot be used is noted as refused.
+
+        Args:
+            parts: The message.
+            kept: Reads what compression left of the rounds before; called only if a payload needs it.
 
         Raises:
             PayloadError, MismatchError: Malformed, altered, or of another version.
             PolicyError: More bytes than the site takes in a round.
+            BaseLostError: A change of a model that the site does not hold.
         """
         try:
             envelope = decode(parts)
-            envelope.payloads = as_received(envelope.payloads)
+            envelope.payloads = as_received(envelope.payloads, lambda: kept(envelope))
+        except BaseLostError as error:  # the message is sound, it is the site that lacks something
+            self._note(envelope, "in", parts, refused=error)
+            raise
         except WardroundError as error:
             self._note_refused(parts, error)
             raise
@@ -91,8 +109,9 @@ class Border:
         specs: Iterable[PayloadSpec],
         compression: Compression,
         kept: State,
+        ctx: RoundContext,
     ) -> tuple[Payloads, State]:
-        """Return an answer's payloads as the run compresses them, and what is kept for the next round.
+        """Return an answer's payloads as the run compresses them, and what is left out of them for the next round.
 
         What is compressed is bounded by the hospital's `clip_norm` here; what is not, when it is released. Payloads that
         cannot be used stay as they are: `release` refuses and notes them.
@@ -103,6 +122,7 @@ class Border:
             specs: What the method promised to send.
             compression: The run's.
             kept: What the last round left.
+            ctx: The round.
 
         Raises:
             PayloadError: Values that the run's codec cannot hold.
@@ -113,7 +133,7 @@ class Border:
             check_payloads(payloads, specs, compression.template, who=self.alias)
         except PayloadError:
             return payloads, kept
-        return compression.up(payloads, specs, received, kept, most=self.privacy.clip_norm)
+        return compression.up(payloads, specs, received, kept, ctx, most=self.privacy.clip_norm)
 
     def release(
         self,

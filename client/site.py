@@ -6,6 +6,7 @@ lets out. It holds one session: the run it is in, with decoded volumes, network 
 
 from __future__ import annotations
 
+import logging
 import re
 import resource
 import time
@@ -21,12 +22,13 @@ from client.border import Border
 from client.data.dataset import SiteDataset
 from client.site_config import SiteConfig
 from client.site_data import SiteData
-from client.slices import save_slices
+from client.slices import save_slices, save_styles
 from client.state import SiteStates, join_states, split_state
 from client.trainer import Trainer
 from common.compress import Compression
 from common.config import RunConfig
-from common.errors import DataError, MismatchError, PayloadError
+from common.downlink import keep
+from common.errors import CancelledError, DataError, MismatchError, PayloadError, safe_sentence
 from common.events import EventLog
 from common.frames import Parts
 from common.method import PERSONAL, Method, RoundContext, ServerHalf, SiteHalf, make_halves
@@ -41,6 +43,7 @@ from common.wire import CLOSING, HELLO, PING, ROUND, Envelope, MetricSet, decode
 SLICES = 3
 PROGRESS_SECONDS = 0.25
 _RUN_ID = re.compile(r"[A-Za-z0-9._-]{1,80}")
+log = logging.getLogger("wardround.worker")
 
 
 @dataclass
@@ -97,7 +100,7 @@ class Site:
         started = time.perf_counter()
         self._check_cancelled = check_cancelled
         self._asked = ("", 0, HELLO)  # until it is known: a message that cannot be read belongs to no run
-        envelope = self.border.receive(parts)
+        envelope = self.border.receive(parts, self._kept)
         if consume:
             parts.clear()
         self._asked = (envelope.run, envelope.round, envelope.phase)
@@ -184,8 +187,9 @@ class Site:
             clock.move("train", phase, seconds)
         payloads, kept = self.border.compress(
             {payload.name: payload for payload in result.payloads},
-            envelope.payloads, session.server.uplink, session.compression, kept,
+            envelope.payloads, session.server.uplink, session.compression, kept, self._context(envelope, session),
         )  # fmt: skip
+        kept = keep(session.compression, kept, envelope.payloads, session.server.downlink, envelope.round)
         if session.compression.lossy_up:
             clock.lap("compress")
         session.states.write(
@@ -193,6 +197,8 @@ class Site:
             join_states(method=result.state, optimizer=trainer.optimizer_state(), codec=kept),
         )
         clock.lap("save")
+        if self._draw(session, envelope, result.state):
+            clock.lap("draw")
         loss = result.stats.loss if result.stats else float("nan")
         return self._reply(
             envelope, payloads=payloads, metrics=metrics, cases=result.cases, loss=loss, seconds=clock.seconds
@@ -253,14 +259,31 @@ class Site:
             )
             self.events.emit("slices.saved", round=envelope.round - 1, count=count)
 
+    def _draw(self, session: Session, envelope: Envelope, state: State) -> int:
+        """Save what the method shows the hospital of its round, and return how many pictures that are.
+
+        None of it leaves, and no failure costs the round.
+        """
+        try:
+            pictures = session.half.pictures(session.trainer, envelope.payloads, state)
+            count = save_styles(self.config.home / "styles", pictures, spacing=session.config.data.spacing)
+        except CancelledError:
+            raise
+        except Exception as error:  # the round is whole, and a picture less is no reason to lose it
+            log.warning("pictures were not drawn", exc_info=error)
+            code, sentence = safe_sentence(error)
+            message = f"Pictures of other sites' styles were not drawn: {sentence}"
+            self.events.emit("warning", code=code, message=message, round=envelope.round)
+            return 0
+        if count:
+            self.events.emit("styles.saved", round=envelope.round, count=count)
+        return count
+
     def _open(self, run: str, text: str) -> Session:
         """Return the session of a run; a restarted worker builds it again from the message alone."""
         if self._session and self._session.run == run and self._session.text == text:
             return self._session
-        if not _RUN_ID.fullmatch(run) or run.startswith("."):
-            raise PayloadError(
-                f"{self.alias}: the run's identifier has characters that are not allowed.", site=self.alias
-            )
+        states = self._states(run)
         config = RunConfig.from_json(text)
         method = get_method(config.method)
         server, half = make_halves(method, config)
@@ -274,12 +297,24 @@ class Site:
         )  # fmt: skip
         whole = template(network)
         travelling = dict(server.travelling(whole, groups))
-        states = SiteStates(self.config.home / "state" / run)
         compression = Compression(config.wire, travelling, groups)
         self._session = Session(
             run, text, config, method, server, half, dataset, trainer, travelling, whole, states, compression
         )
         return self._session
+
+    def _states(self, run: str) -> SiteStates:
+        if not _RUN_ID.fullmatch(run) or run.startswith("."):
+            raise PayloadError(
+                f"{self.alias}: the run's identifier has characters that are not allowed.", site=self.alias
+            )
+        return SiteStates(self.config.home / "state" / run)
+
+    def _kept(self, envelope: Envelope) -> State:
+        """Return what compression left of the rounds before a message's; asked for before it is noted what came."""
+        self._asked = (envelope.run, envelope.round, envelope.phase)
+        saved = self._states(envelope.run).before(envelope.round)
+        return split_state(saved, "codec") if saved else State()
 
     def _accept(self, envelope: Envelope, session: Session) -> None:
         """Check what came down before anything is done with it."""

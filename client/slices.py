@@ -1,7 +1,8 @@
-"""Example pictures of a segmentation, for the hospital's own eyes: they are written at the site and stay there.
+"""Example pictures for the hospital's own eyes: they are written at the site and stay there.
 
-One PNG per case, three panels side by side: the image, with the truth over it, with the prediction over it. File names
-are case aliases. Same weights and data, same bytes.
+Of a segmentation one PNG per case, three panels side by side: the image, with the truth over it, with the prediction over
+it. File names are case aliases. Of a method that restyles images one PNG per other site: a training sample as it is, in
+the other site's style, and how far the two differ. File names are the sites' aliases. Same weights and data, same bytes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from client.trainer import Case, Dataset, Trainer
+from common.federation import is_alias
 from common.store import write_bytes
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes; more classes start over.
@@ -38,6 +40,7 @@ OPACITY = 0.5
 GAP = 4
 SHORTEST, LONGEST = 256, 768  # pixels of a panel's longer side
 WINDOW = (1.0, 99.0)  # percentiles shown as black and white
+MOST_STYLES = 32  # the coordinator says how many there are
 
 Picture = NDArray[np.uint8]
 Classes = NDArray[np.int64]
@@ -76,11 +79,70 @@ def save_slices(
     with trainer.predicting(weights) as predict:
         for case in itertools.islice(dataset.evaluation_cases(split), count):
             prediction = predict(case.image).argmax(dim=1)[0].cpu().numpy()
-            stream = io.BytesIO()
-            Image.fromarray(draw_case(case, prediction)).save(stream, format="PNG")
-            write_bytes(folder / f"{_file_name(case.alias, written)}.png", stream.getvalue())
+            _write(folder / f"{_file_name(case.alias, written)}.png", draw_case(case, prediction))
             written += 1
     return written
+
+
+def save_styles(
+    folder: Path, samples: Iterable[tuple[str, Tensor]], *, spacing: tuple[float, ...] | None = None
+) -> int:
+    """Write how a training sample looks in other sites' styles, one picture by site; what is there is replaced.
+
+    Args:
+        folder: Where to write; it is made when there is something to write.
+        samples: Other site's alias, and the sample (2, C, *S) as it is and in that style; drawn one at a time. The
+            aliases come from the coordinator: one that is none is left out, as are pictures beyond `MOST_STYLES`.
+        spacing: Millimetres by axis; None for a grid of equal steps.
+
+    Returns:
+        Number of pictures written.
+
+    Raises:
+        StorageError: The volume is full or cannot be written.
+    """
+    written = 0
+    for alias, pair in itertools.islice(samples, MOST_STYLES):
+        if is_alias(alias):
+            _write(folder / f"{alias}.png", draw_restyled(pair.cpu().numpy().astype(np.float64), spacing))
+            written += 1
+    return written
+
+
+def draw_restyled(pair: Array, spacing: tuple[float, ...] | None = None) -> Picture:
+    """Return three panels: a sample as it is, in another style, and the absolute difference.
+
+    All three have the same scale of intensities, that of the sample as it is: in the third, black is no change and
+    white a change as large as the whole scale. A volume is cut through its middle, across its coarsest axis.
+
+    Args:
+        pair: (2, C, *S), S of two or three axes.
+        spacing: Millimetres by axis; None for equal steps.
+
+    Returns:
+        RGB (height, width, 3).
+
+    Raises:
+        ValueError: Another number of axes.
+    """
+    axes = pair.ndim - 2
+    if axes not in (2, 3):
+        raise ValueError(f"A picture needs samples of two or three axes, got {axes}.")
+    steps = tuple(spacing or (1.0,) * axes)
+    if axes == 3:
+        axis = coarsest_axis(steps)
+        pair = np.take(pair, pair.shape[axis + 2] // 2, axis + 2)
+        steps = tuple(step for number, step in enumerate(steps) if number != axis)
+    size = panel_size(pair.shape[2:], steps)
+    first, second = pair
+    low, high = limits_of(first)
+    planes = [
+        windowed(first, (low, high)),
+        windowed(second, (low, high)),
+        windowed(np.abs(second - first), (0.0, high - low)),
+    ]
+    drawn = [_resized(_upright(plane, axes == 3), size, Image.Resampling.BILINEAR) for plane in planes]
+    return _beside(drawn)
 
 
 def draw_case(case: Case, prediction: Classes) -> Picture:
@@ -100,7 +162,7 @@ def draw_case(case: Case, prediction: Classes) -> Picture:
     spacing = case.spacing or (1.0,) * truth.ndim
     upwards = truth.ndim == 3
     if truth.ndim == 3:
-        axis = max(range(3), key=lambda number: (spacing[number], number))
+        axis = coarsest_axis(spacing)
         place = fullest_slice(truth, axis)
         image, truth = np.take(image, place, axis + 1), np.take(truth, place, axis)
         prediction = np.take(prediction, place, axis)
@@ -111,8 +173,12 @@ def draw_case(case: Case, prediction: Classes) -> Picture:
     for classes in (truth, prediction):
         drawn = _resized(_upright(classes, upwards).astype(np.int32), size, Image.Resampling.NEAREST)
         panels.append(overlaid(grey, drawn))
-    gap = np.full((size[1], GAP, 3), 255, np.uint8)
-    return np.concatenate([panels[0], gap, panels[1], gap, panels[2]], axis=1)
+    return _beside(panels)
+
+
+def coarsest_axis(spacing: tuple[float, ...]) -> int:
+    """Return the axis with the largest step, the last of equal ones."""
+    return max(range(len(spacing)), key=lambda number: (spacing[number], number))
 
 
 def fullest_slice(truth: Classes, axis: int) -> int:
@@ -129,10 +195,21 @@ def panel_size(shape: tuple[int, ...], spacing: tuple[float, ...]) -> tuple[int,
     return max(1, round(extent[0] * pixels)), max(1, round(extent[1] * pixels))
 
 
-def windowed(image: Array) -> Picture:
-    """Return a plane (C, X, Y) as RGB (X, Y, 3): colours where it has three channels, else the first as grey."""
-    shown = image if len(image) == 3 else image[:1].repeat(3, axis=0)
-    low, high = np.percentile(shown, WINDOW)
+def limits_of(image: Array) -> tuple[float, float]:
+    """Return the intensities of a plane (C, X, Y) that are shown as black and white."""
+    low, high = np.percentile(_shown(image), WINDOW)
+    return float(low), float(high)
+
+
+def windowed(image: Array, limits: tuple[float, float] | None = None) -> Picture:
+    """Return a plane (C, X, Y) as RGB (X, Y, 3): colours where it has three channels, else the first as grey.
+
+    Args:
+        image: The plane.
+        limits: Intensities shown as black and white; the plane's own where None.
+    """
+    shown = _shown(image)
+    low, high = limits or limits_of(image)
     scaled = (shown - low) / (high - low) if high > low else np.zeros_like(shown)
     return np.moveaxis(np.round(np.clip(scaled, 0, 1) * 255), 0, -1).astype(np.uint8)
 
@@ -148,6 +225,21 @@ def _upright(plane: NDArray[Any], upwards: bool) -> NDArray[Any]:
     """Turn a plane (X, Y, ...) into rows: pictures are stored from the top, volumes from the bottom."""
     rows = plane.swapaxes(0, 1)
     return np.ascontiguousarray(rows[::-1] if upwards else rows)
+
+
+def _shown(image: Array) -> Array:
+    return image if len(image) == 3 else image[:1].repeat(3, axis=0)
+
+
+def _beside(panels: list[Picture]) -> Picture:
+    gap = np.full((len(panels[0]), GAP, 3), 255, np.uint8)
+    return np.concatenate([panels[0], gap, panels[1], gap, panels[2]], axis=1)
+
+
+def _write(path: Path, picture: Picture) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, format="PNG")
+    write_bytes(path, stream.getvalue())
 
 
 def _resized(rows: NDArray[Any], size: tuple[int, int], how: Image.Resampling) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Compression of what travels: the change of a model up, the model in half precision down, whatever the method.
+"""Compression of what travels: the change of a model up, the model down, whatever the method.
 
 `WireConfig` says which. Compressed are the float32 parameters of payloads like the model, of kind MODEL or UPDATE. Buffers
 (a variance must not become negative), tensors of other dtypes and all other payloads travel as they are.
@@ -6,60 +6,41 @@
 Up (site to server), per tensor, with W the model that the server sent, R what the site received of it (R = W unless the
 way down is lossy) and w the site's model after training:
 
-    A = (w - R) + E        E: what earlier rounds left out (STC only; error feedback)
-    T = C(A)               C: STC, float16 or bfloat16
-    E = A - T              kept in the site's own state (STC only)
+    A = (w - R) + E        E: what earlier rounds left out (error feedback)
+    T, E = squeezed(A)     common/squeeze.py: STC, CER, a half precision; E is kept in the site's own state
     server: w = W + T
 
 Sparse ternary compression (STC): Sattler, Wiedemann, Müller, Samek: Robust and Communication-Efficient Federated
 Learning from Non-IID Data, arXiv 1903.02891, algorithm 2, up. A payload of kind UPDATE is itself the change; a model that
 the site was sent under no such name has none, and travels as it is.
 
-Down (server to site): R = C(W), float16 or bfloat16. The server counts every change from W, not from R: rounding on the way
-down does not enter the global model, and an update smaller than a step of the half precision is not lost. A model of which
-a method sends only some values (not `like_model`) counts as it comes, from R.
+Down (server to site): R = C(W) in float16 or bfloat16, or by STC against the model the sites hold (common/downlink.py). The
+server counts every change from W, not from R: what the way down rounds off or leaves out does not enter the global model,
+and an update smaller than a step of the half precision is not lost. A model of which a method sends only some values (not
+`like_model`) counts as it comes, from R.
 
 A hospital's bound on its update (`privacy.clip_norm`) holds for T, which is what leaves: A is scaled to the bound
-before C, and what the scaling took away is dropped, not kept in E.
+before it is squeezed, and what the scaling took away is dropped, not kept in E.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from common.codecs import CODECS, container
-from common.codecs.ternary import compress as ternary
 from common.config import WireConfig
 from common.errors import PayloadError
 from common.frames import shown
-from common.guard import l2_norm, update_norm
 from common.payload import Kind, Payload, Payloads, PayloadSpec, State, Template, Tensors
+from common.squeeze import BYTES, HALVES, Change, bounded, gamma_at, rounded
 from common.wire import RAW, Coded
-from common.work import Groups
+from common.work import Groups, RoundContext
 
-STC = {"stc": "ternary", "stc-golomb": "ternary-golomb"}  # our name of it -> the codec of its bytes
-HALVES = {"float16": torch.float16, "bf16": torch.bfloat16}
-TRIES = 20
-
-
-@dataclass(frozen=True)
-class _Change:
-    """One payload's change, in the two parts that travel differently.
-
-    Attributes:
-        coded: A, or T: tensors that the codec takes.
-        plain: The payload's other tensors, as they are.
-        left: E, after coding.
-    """
-
-    coded: Tensors
-    plain: Tensors
-    left: Tensors
+Reached = Callable[[Payload], Iterable[tuple[str, Tensor]]]
+"""Gives R, tensor by tensor, of a payload W that was sent."""
 
 
 class Compression:
@@ -91,8 +72,13 @@ class Compression:
         """True if what sites are sent is compressed."""
         return self.config.downlink_codec != RAW
 
+    def takes_down(self, spec: PayloadSpec) -> bool:
+        """Return whether a payload is compressed on its way down: by STC models alone, an update is nothing to hold."""
+        kinds = (Kind.MODEL,) if self.config.downlink_codec.startswith("stc") else (Kind.MODEL, Kind.UPDATE)
+        return self.lossy_down and bool(self.like) and spec.like_model and spec.kind in kinds
+
     def down(self, payloads: Payloads, specs: Iterable[PayloadSpec]) -> Payloads:
-        """Return what the server sends, as it travels.
+        """Return what the server sends in half precision, as it travels (STC down: `common.downlink.Downlink`).
 
         Raises:
             PayloadError: Values beyond the range of the half precision.
@@ -102,10 +88,15 @@ class Compression:
         sent = dict(payloads)
         for spec in specs:
             payload = payloads.get(spec.name)
-            if payload is not None and self._takes(spec):
+            if payload is not None and self.takes_down(spec):
                 chosen = {name: payload.tensors[name] for name in self.like}
-                sent[spec.name] = _coded(payload, self.config.downlink_codec, chosen, payload.tensors)
+                sent[spec.name] = coded(payload, self.config.downlink_codec, chosen, payload.tensors)
         return sent
+
+    def rounded_down(self, payload: Payload) -> Iterable[tuple[str, Tensor]]:
+        """Yield R of a payload W that was sent in half precision, tensor by tensor (`Reached`)."""
+        half = HALVES[self.config.downlink_codec]
+        return ((name, rounded(payload.tensors[name], half)) for name in self.like)
 
     def up(
         self,
@@ -113,6 +104,7 @@ class Compression:
         specs: Iterable[PayloadSpec],
         received: Payloads,
         kept: State,
+        ctx: RoundContext,
         *,
         most: float = 0.0,
     ) -> tuple[Payloads, State]:
@@ -125,6 +117,7 @@ class Compression:
             specs: The method's uplink.
             received: What the site was sent.
             kept: E, by payload.
+            ctx: The round; γ depends on it.
             most: Largest L2 norm of what leaves; 0 has no bound.
 
         Raises:
@@ -133,21 +126,29 @@ class Compression:
         if not self.lossy_up:
             return payloads, kept
         sent = dict(payloads)
+        gamma = gamma_at(self.config, ctx.round, ctx.rounds)
         for spec in specs:
             payload = payloads.get(spec.name)
-            if payload is None or not self._takes(spec, received):
+            if payload is None or not self._takes_up(spec, received):
                 continue
             base = received[spec.name].tensors if spec.kind is Kind.MODEL else {}
-            change = self._bounded(self._change(payload, base, kept.part(spec.name)), base, most)
+            change = self._change(payload, base, kept.part(spec.name))
+            change = bounded(change, base, most, self.config, gamma)
             kept = kept.having(spec.name, change.left)
             whole = {name: base[name] + value if base else value for name, value in change.coded.items()}
             whole |= change.plain
             ordered = {name: whole[name] for name in payload.tensors}
-            sent[spec.name] = _coded(payload, self._bytes_codec(), change.coded, ordered)
+            sent[spec.name] = coded(payload, BYTES[self.config.uplink_codec], change.coded, ordered)
         return sent, kept
 
     def taken(
-        self, payloads: Payloads, specs: Iterable[PayloadSpec], sent: Payloads, *, who: str
+        self,
+        payloads: Payloads,
+        specs: Iterable[PayloadSpec],
+        sent: Payloads,
+        *,
+        who: str,
+        reached: Reached | None = None,
     ) -> Payloads:
         """Return a site's answer as the method knows it.
 
@@ -156,6 +157,7 @@ class Compression:
             specs: The method's uplink.
             sent: W: what the server's method sent this site, before it was compressed.
             who: Alias of the site.
+            reached: Gives R of a payload of `sent`; None where the way down is raw.
 
         Raises:
             PayloadError: Another codec than the run's, or bytes that are not of it.
@@ -164,42 +166,43 @@ class Compression:
         taken = dict(payloads)
         for name, payload in payloads.items():
             spec = promised.get(name)
-            takes = spec is not None and self._takes(spec, sent)
-            expected = self._bytes_codec() if takes else RAW
+            based = spec is not None and self._takes_up(spec, sent)
+            expected = BYTES.get(self.config.uplink_codec, RAW) if based else RAW
             got = payload.codec if isinstance(payload, Coded) else RAW
             if got != expected:
                 raise PayloadError(
                     f"{who}: payload '{shown(name)}' is coded as '{shown(got)}', the run's configuration asks for "
                     f"'{expected}'. Let both ends run the same version.", site=who,
                 )  # fmt: skip
-            base = sent[name].tensors if takes and spec is not None and spec.kind is Kind.MODEL else {}
+            base = sent[name].tensors if based and spec is not None and spec.kind is Kind.MODEL else {}
             if isinstance(payload, Coded):
                 taken[name] = self._decoded(payload, base, who)
-            elif base and self.lossy_down:
-                taken[name] = self._moved(payload, base)
+            elif base and reached is not None and self.fits(payload.tensors):
+                taken[name] = _moved(payload, base, reached(sent[name]))
         return taken
 
-    def _takes(self, spec: PayloadSpec, received: Payloads | None = None) -> bool:
-        """Return whether a payload is compressed; up, a model only if one was sent under its name."""
-        if not self.like or not spec.like_model or spec.kind not in (Kind.MODEL, Kind.UPDATE):
-            return False
-        if received is not None and not spec.from_received:
-            return False
-        if received is None or spec.kind is Kind.UPDATE:
-            return True
-        base = received.get(spec.name)
-        return base is not None and base.kind is Kind.MODEL and self._fits(base.tensors)
-
-    def _fits(self, tensors: Tensors) -> bool:
+    def fits(self, tensors: Tensors) -> bool:
+        """Return whether all tensors that are compressed are there, in shape and dtype."""
         return all(
             name in tensors and tensors[name].shape == like.shape and tensors[name].dtype == like.dtype
             for name, like in self.like.items()
         )
 
-    def _bytes_codec(self) -> str:
-        return STC.get(self.config.uplink_codec, self.config.uplink_codec)
+    def _takes_up(self, spec: PayloadSpec, received: Payloads) -> bool:
+        """Return whether a site's payload is compressed, or counts from what it was sent: a model only if one was."""
+        if not (self.like and spec.like_model and spec.from_received):
+            return False
+        if spec.kind is Kind.UPDATE:
+            return True
+        base = received.get(spec.name)
+        return (
+            spec.kind is Kind.MODEL
+            and base is not None
+            and base.kind is Kind.MODEL
+            and self.fits(base.tensors)
+        )
 
-    def _change(self, payload: Payload, base: Tensors, left: Tensors) -> _Change:
+    def _change(self, payload: Payload, base: Tensors, left: Tensors) -> Change:
         change: Tensors = {}
         for name in self.like:
             value = payload.tensors[name]
@@ -207,40 +210,7 @@ class Compression:
             if name in left:
                 change[name].add_(left[name])
         plain = {name: value for name, value in payload.tensors.items() if name not in change}
-        return _Change(change, plain, {})
-
-    def _bounded(self, change: _Change, base: Tensors, most: float) -> _Change:
-        """Compress a change so that what leaves has at most an L2 norm; rounding in the codec counts."""
-        if not most:
-            return self._squeezed(change)
-        norm = _norm(change, base)
-        share = most / norm if norm > most else 1.0
-        for number in range(TRIES):
-            found = self._squeezed(change if share == 1.0 else _scaled(change, base, share))
-            norm = _norm(found, base)
-            if norm <= most:
-                return found
-            share *= min(most / norm, 1.0 - 2.0 ** (number - 26))
-        return self._squeezed(_scaled(change, base, 0.0))
-
-    def _squeezed(self, change: _Change) -> _Change:
-        codec = self.config.uplink_codec
-        sent: Tensors = {}
-        left: Tensors = {}
-        for name, value in change.coded.items():
-            if codec in STC:
-                try:
-                    sent[name], left[name] = ternary(value, self.config.uplink_p)
-                except ValueError as error:
-                    raise PayloadError(f"Tensor '{name}' cannot be compressed. {error}") from error
-            else:
-                sent[name] = rounded(value, HALVES[codec])
-                if not torch.isfinite(sent[name]).all():
-                    raise PayloadError(
-                        f"Tensor '{name}' cannot be compressed: its change is beyond the range of {codec}. Look for "
-                        "training that diverged; if such changes are meant, set wire.uplink_codec to bf16 or raw."
-                    )
-        return _Change(sent, change.plain, left)
+        return Change(change, plain, {})
 
     def _decoded(self, payload: Coded, base: Tensors, who: str) -> Payload:
         try:
@@ -260,58 +230,19 @@ class Compression:
             payload.name, payload.kind, {name: whole[name] for name in order} | whole, payload.meta
         )
 
-    def _moved(self, payload: Payload, base: Tensors) -> Payload:
-        """Turn a model that was trained from R into one trained from W; another shape is left to the checks."""
-        if self._fits(payload.tensors):
-            half = HALVES[self.config.downlink_codec]
-            for name in self.like:
-                payload.tensors[name].sub_(rounded(base[name], half)).add_(base[name])
-        return payload
 
-
-def received(payloads: Payloads) -> Payloads:
-    """Return what came down as the site works with it.
-
-    Raises:
-        PayloadError: A codec that does not come down, or bytes that are not of it.
-    """
-    return {
-        name: _whole(payload) if isinstance(payload, Coded) else payload for name, payload in payloads.items()
-    }
-
-
-def rounded(tensor: Tensor, half: torch.dtype) -> Tensor:
-    """Return float32 values as they are after a way in half precision."""
-    return tensor.to(half).to(torch.float32)
-
-
-def scaled(tensor: Tensor, base: Tensor | None, share: float) -> Tensor:
-    """Return base + share (tensor - base) in the tensor's dtype; tensors that are no floating point stay.
+def coded(payload: Payload, codec: str, values: Tensors, whole: Tensors) -> Coded:
+    """Return a payload of which some tensors travel as a codec's bytes.
 
     Args:
-        tensor: Any shape.
-        base: Of the same shape; zeros where None.
-        share: Factor.
+        payload: Its name, kind and notes.
+        codec: Name of a codec of `common.codecs`.
+        values: What the codec takes.
+        whole: All tensors as the receiver will have them; those not in `values` travel as they are.
+
+    Raises:
+        PayloadError: Values that the codec cannot hold.
     """
-    if not tensor.is_floating_point():
-        return tensor
-    start = base.to(torch.float64) if base is not None else torch.zeros((), dtype=torch.float64)
-    return (start + (tensor.to(torch.float64) - start) * share).to(tensor.dtype)
-
-
-def _scaled(change: _Change, base: Mapping[str, Tensor], share: float) -> _Change:
-    return _Change(
-        {name: scaled(value, None, share) for name, value in change.coded.items()},
-        {name: scaled(value, base.get(name), share) for name, value in change.plain.items()},
-        {},
-    )
-
-
-def _norm(change: _Change, base: Tensors) -> float:
-    return math.hypot(l2_norm(change.coded), update_norm(change.plain, base or None))
-
-
-def _coded(payload: Payload, codec: str, values: Tensors, whole: Tensors) -> Coded:
     try:
         data = CODECS[codec].encode(values)
     except PayloadError as error:
@@ -319,15 +250,25 @@ def _coded(payload: Payload, codec: str, values: Tensors, whole: Tensors) -> Cod
     return Coded(payload.name, payload.kind, whole, payload.meta, codec, data, frozenset(values))
 
 
-def _whole(payload: Coded) -> Payload:
-    name = shown(payload.name)
-    if payload.codec not in HALVES:
-        raise PayloadError(
-            f"coordinator: payload '{name}' is coded as '{payload.codec}', which does not come down."
-        )
+def decoded_half(payload: Coded) -> Payload:
+    """Return at the site what came down in half precision.
+
+    Raises:
+        PayloadError: Bytes that are not of the codec, or a tensor that came twice.
+    """
     # Two bytes a value: no more values than bytes, so a few bytes cannot ask for much memory.
+    return joined(payload, lambda: container.decode(payload.codec, payload.data, limit=len(payload.data)))
+
+
+def joined(payload: Coded, decode: Callable[[], Tensors]) -> Payload:
+    """Return at the site what came down coded, with the values that its bytes stand for.
+
+    Raises:
+        PayloadError: As `decode`, naming the payload, or a tensor that came twice.
+    """
+    name = shown(payload.name)
     try:
-        values = container.decode(payload.codec, payload.data, limit=len(payload.data))
+        values = decode()
     except PayloadError as error:
         raise PayloadError(f"coordinator: payload '{name}': {error}") from error
     if twice := values.keys() & payload.tensors.keys():
@@ -335,3 +276,10 @@ def _whole(payload: Coded) -> Payload:
             f"coordinator: payload '{name}' has tensor '{shown(min(twice))}' coded and as it is."
         )
     return Payload(payload.name, payload.kind, payload.tensors | values, payload.meta)
+
+
+def _moved(payload: Payload, base: Tensors, reached: Iterable[tuple[str, Tensor]]) -> Payload:
+    """Turn a model that was trained from R into one trained from W."""
+    for name, tensor in reached:
+        payload.tensors[name].sub_(tensor).add_(base[name])
+    return payload

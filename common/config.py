@@ -19,7 +19,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -210,25 +209,41 @@ class GuardConfig(Strict):
 
 
 class WireConfig(Strict):
-    """How models travel: as they are, or compressed (common/compress.py). Works with any method."""
+    """How models travel: as they are, or compressed (docs/wire.md, common/compress.py). Works with any method."""
 
-    uplink_codec: Literal["raw", "stc", "stc-golomb", "float16", "bf16"] = Field(
-        default="raw",
-        description="sites' changes of the model: as they are, sparse ternary with error feedback, or in half precision",
+    uplink_codec: Literal["raw", "stc", "stc-golomb", "cer", "cer-bf16", "cer-stc", "float16", "bf16"] = (
+        Field(
+            default="raw",
+            description="sites' changes of the model: as they are; stc: sparse ternary with error feedback; cer: piecewise "
+            "constant (pFedNet), values in float32 or bf16, or made sparse ternary too; float16, bf16: half precision",
+        )
     )
     uplink_p: float = Field(
-        default=0.01, gt=0, le=1, description="stc: share of each tensor's values that is sent"
+        default=0.01, gt=0, le=1, description="stc, cer-stc: share of each tensor's values that is sent"
     )
-    downlink_codec: Literal["raw", "float16", "bf16"] = Field(
-        default="raw", description="the model on its way to the sites: as it is, or in half precision"
+    gamma: float = Field(
+        default=0.001, ge=0, description="cer: weight of the differences of neighbours; 0 changes nothing"
     )
-
-    @field_validator("downlink_codec", mode="before")
-    @classmethod
-    def _down(cls, value: Any) -> Any:
-        if isinstance(value, str) and value.startswith("stc"):
-            raise ValueError("stc compresses only what sites send; the way down takes raw, float16 or bf16")
-        return value
+    gamma_scale: Literal["absolute", "relative"] = Field(
+        default="relative",
+        description="cer: gamma as it is, or as share of each tensor's largest cumulative sum (1 and more give zeros)",
+    )
+    gamma_schedule: Literal["constant", "linear", "sqrt"] = Field(
+        default="constant",
+        description="cer: gamma in every round; falling to 0 in the last one; or divided by the root of the round",
+    )
+    feedback: Literal["stc", "all"] = Field(
+        default="stc",
+        description="what a site adds to its next change: what stc left out; or also what cer and rounding took away",
+    )
+    downlink_codec: Literal["raw", "stc", "stc-golomb", "float16", "bf16"] = Field(
+        default="raw",
+        description="the model on its way to the sites: as it is; stc: sparse ternary change of the model they hold, "
+        "with error feedback; float16, bf16: half precision",
+    )
+    downlink_p: float = Field(
+        default=0.01, gt=0, le=1, description="stc down: share of each tensor's values that is sent"
+    )
 
 
 class RunConfig(Strict):

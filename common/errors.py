@@ -13,7 +13,8 @@
     ├── CancelledError        the work was cancelled from outside                     exit 11
     ├── TrainingError         local training went wrong (loss not finite)             exit 12
     ├── StorageError          a volume is full or cannot be written                   exit 13
-    └── LedgerError           a ledger is changed, cut, or cannot be continued        exit 14
+    ├── LedgerError           a ledger is changed, cut, or cannot be continued        exit 14
+    └── BaseLostError         a site no longer holds the model that a change is for   exit 15
 
 `str(error)` is the safe sentence: it names site and case by alias only, never a path, a file name, a header
 value or the text of a foreign exception. What a person at the hospital needs beside it goes into `detail`,
@@ -140,6 +141,13 @@ class LedgerError(WardroundError):
 
     code = "ledger"
     exit_code = 14
+
+
+class BaseLostError(WardroundError):
+    """A site does not hold the model that a change was sent for; it needs the whole model."""
+
+    code: ClassVar[str] = "base"
+    exit_code: ClassVar[int] = 15
 
 
 def safe_sentence(error: BaseException) -> tuple[str, str]:

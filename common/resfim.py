@@ -10,6 +10,7 @@ values       by tensor: in its own shape where nothing of it is sensitive; the i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -20,9 +21,10 @@ from common.codecs.fields import CodecError, Reader, varint
 from common.codecs.positions import MAX_PLACES, decode_positions, encode_positions
 from common.errors import PayloadError
 from common.frames import shown
-from common.payload import Template, Tensors
+from common.payload import State, Template, Tensors
 
 LEVELS = 255  # of a soft mask, one byte a parameter
+MEASURED = "resfim.measured"
 
 Masks = dict[str, Tensor]
 
@@ -80,6 +82,26 @@ def kept_values(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> T
         elif not bool(mask.all()):
             kept[name] = tensor[~mask]
     return kept
+
+
+def expected_values(masks: Tensors, model: Tensors, names: Iterable[str], *, soft: bool, who: str) -> Tensors:
+    """Return the values that a site must have sent, with those of the model in their place.
+
+    Args:
+        masks: What it sent: coded masks, or soft ones.
+        model: The model that travels.
+        names: Parameters that may have a mask.
+        soft: Which of them they are.
+        who: Alias of the sender.
+
+    Raises:
+        PayloadError: Masks that are none.
+    """
+    like = {name: model[name] for name in names}
+    if soft:
+        check_shares(masks, like, who=who)
+        return model
+    return kept_values(model, unpack_masks(masks, like, who=who))
 
 
 def check_kept(values: Tensors, base: Mapping[str, Tensor], *, who: str) -> None:
@@ -144,6 +166,43 @@ def assembled(
             mixed = share * received[name].to(torch.float64) + (1 - share) * own[name].to(torch.float64)
             weights[name] = mixed.to(received[name].dtype)
     return weights
+
+
+def shares(masks: Tensors, like: Template, *, soft: bool, who: str) -> tuple[Tensors, Masks]:
+    """Return what a site shares of each tensor, from what it sent.
+
+    Args:
+        masks: Coded masks, or with `soft` the shares in 1/255.
+        like: Tensors with the shapes of the parameters that may have a mask.
+        soft: Which of them they are.
+        who: Alias of the sender.
+
+    Returns:
+        bool tensors, True where shared, or float64 shares from 0 to 1; and the masks, which soft ones are not.
+
+    Raises:
+        PayloadError: As `unpack_masks`.
+    """
+    if soft:
+        return {name: mask.to(torch.float64) / LEVELS for name, mask in masks.items()}, {}
+    sensitive = unpack_masks(masks, like, who=who)
+    return {name: ~mask for name, mask in sensitive.items()}, sensitive
+
+
+def measured(state: State) -> set[str]:
+    """Return the sites that have measured their masks, as the coordinator noted; the others it sends styles at once."""
+    return set(json.loads(str(state.values.get(MEASURED, "[]"))))
+
+
+def having_measured(state: State, sites: Iterable[str]) -> State:
+    """Return the coordinator's state in which these sites have measured, too."""
+    before = measured(state)
+    after = sorted(before.union(sites))
+    return (
+        State(state.tensors, state.values | {MEASURED: json.dumps(after)})
+        if len(after) > len(before)
+        else state
+    )
 
 
 class Holders:

@@ -11,6 +11,7 @@ others' styles (common/numerics/residual.py).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -22,15 +23,24 @@ from torch import Tensor, nn
 from common.errors import ConfigError
 from common.frames import shown
 from common.numerics.diagonal_fisher import Likelihood, Variant, diagonal_fisher
-from common.numerics.residual import Form, Values, residual
+from common.numerics.residual import (
+    Form,
+    Scale,
+    Values,
+    normalise,
+    residual,
+    sensitive_above,
+    sensitive_fraction,
+)
 from common.numerics.residual import Reduce as Over
 from common.numerics.rng import generator
 from common.numerics.spectrum import Keep, bank_of, style_of, transfer, window
 from common.payload import Tensors
-from common.resfim import refused
+from common.resfim import LEVELS, refused
 from common.work import SiteWork
 
 SPECTRUM, MOMENTS = "amplitude", "moments"
+LEAST, MOST = 8, 64  # samples, where a measurement is to cost about an epoch
 LARGEST = 1 << 22  # values of a style: it is kept in every checkpoint and sent to every site
 SAME = 1e-5  # of a feature's spread: moments that differ by less are those of standardised columns, rounded
 
@@ -42,7 +52,8 @@ class Measurement:
     """How a residual is measured.
 
     Attributes:
-        samples: Training samples that a Fisher information is over; an epoch's at most.
+        samples: Training samples that a Fisher information is over, an epoch's at most; 0 takes as many as let the whole
+            measurement cost about an epoch, between `LEAST` and `MOST`.
         variant: Labels: the true ones, or drawn from the model.
         reference: What is compared with: the samples as they are, or in their own site's style.
         form: Of the residual.
@@ -82,16 +93,40 @@ class Measurement:
             drawn = generator("transfer", work.ctx.seed, work.ctx.site, site)
             return self.restyler(form, style, other, drawn)
 
+        count = self.samples or max(LEAST, min(MOST, work.visits // (1 + len(others))))
         with work.inspecting() as network:
             plain = restyled(work.ctx.site, style) if self.reference == "own" else lambda images: images
-            real = self._fisher(work, network, names, plain)
+            real = self._fisher(work, network, names, plain, count)
             simulated = (
-                self._fisher(work, network, names, restyled(name.partition("/")[2], other))
+                self._fisher(work, network, names, restyled(name.partition("/")[2], other), count)
                 for name, other in others.items()
             )
             silent = not any(bool(value.any()) for value in real.values())
             how = "abs" if silent else self.form  # nothing to be relative to
             return residual(real, simulated, form=how, reduce=self.over)
+
+    def restyled(self, work: SiteWork, own: Tensors, others: Tensors) -> Iterator[tuple[str, Tensor]]:
+        """Yield what a training sample looks like in the other sites' styles: the first of those that are measured.
+
+        On the CPU, so that the same sample gives the same bytes on every device. A table has no look.
+
+        Args:
+            work: The site's.
+            own: The site's style: one tensor, by form.
+            others: The other sites' styles, by "form/site".
+
+        Yields:
+            Alias of the other site, and the sample (2, C, *S): as it is, and in that site's style.
+        """
+        form, style = next(iter(own.items()))
+        sample = next(iter(work.samples(1)), None) if form == SPECTRUM else None
+        if sample is None:
+            return
+        image = sample[0].cpu()
+        for name, other in others.items():
+            site = name.partition("/")[2]
+            drawn = generator("transfer", work.ctx.seed, work.ctx.site, site)
+            yield site, torch.cat([image, self.restyler(form, style, other, drawn)(image)])
 
     def restyler(self, form: str, own: Tensor, other: Tensor, drawn: torch.Generator) -> Restyle:
         """Return a function that brings batches into another style.
@@ -113,12 +148,14 @@ class Measurement:
 
         return restyle
 
-    def _fisher(self, work: SiteWork, network: nn.Module, names: list[str], restyle: Restyle) -> Values:
+    def _fisher(
+        self, work: SiteWork, network: nn.Module, names: list[str], restyle: Restyle, count: int
+    ) -> Values:
         """Return F over the fixed samples in some style. Drawn labels are drawn alike in every style."""
         likelihood = Likelihood(work.likelihood.kind, work.likelihood.ignore_index)
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for image, label in work.samples(self.samples):
+            for image, label in work.samples(count):
                 yield restyle(image), label
 
         sampled = self.variant == "sampled"
@@ -128,6 +165,65 @@ class Measurement:
             generator=generator("labels", work.ctx.seed, work.ctx.site, work.ctx.round) if sampled else None,
         )  # fmt: skip
         return {name: value.to("cpu") for name, value in found.items()}
+
+
+@dataclass(frozen=True)
+class Split:
+    """How residuals become a mask, or soft shares.
+
+    Attributes:
+        soft: Shares in place of a mask.
+        scale: How residuals are normalised; see `residual.normalise`.
+        tau: τ, the threshold; 0 for the share ρ.
+        rho: ρ, the share that is sensitive.
+    """
+
+    soft: bool
+    scale: Scale
+    tau: float
+    rho: float
+
+    def masks(self, changes: Values) -> Tensors:
+        """Return bool masks, True for sensitive, or with `soft` uint8 shares in 1/255.
+
+        What does not change is not sensitive, also where too little changes to make up ρ.
+
+        Args:
+            changes: R, by name.
+
+        Raises:
+            ValueError: A residual that is not finite.
+        """
+        scores = normalise(changes, self.scale)
+        if self.soft:
+            kept = {name: torch.where(changes[name] > 0, score, 0.0) for name, score in scores.items()}
+            return {name: ((1 - score) * LEVELS).round().to(torch.uint8) for name, score in kept.items()}
+        scores = {name: torch.where(changes[name] > 0, score, -1.0) for name, score in scores.items()}
+        if self.tau:
+            return sensitive_above(scores, self.tau)
+        return sensitive_fraction(scores, self.rho, above=-0.5)
+
+
+def fitting_styles(held: Tensors, site: str, most: int, drawn: torch.Generator) -> Tensors:
+    """Return the styles that a site measures with: the others' of its own form and shape.
+
+    An odd style harms its sender alone; a site whose own has not come yet gets those of the form that most have.
+
+    Args:
+        held: All sites' styles, by "form/site".
+        site: Alias.
+        most: Styles at most, drawn; 0 for all.
+        drawn: Draws them.
+    """
+    ordered = sorted(held.items())
+    forms = {name: (name.partition("/")[0], tuple(style.shape[-2:])) for name, style in ordered}
+    own = [forms[name] for name, _ in ordered if name.partition("/")[2] == site]
+    fitting = own or [form for form, _ in Counter(forms.values()).most_common(1)]
+    others = {k: v for k, v in ordered if forms[k] in fitting and k.partition("/")[2] != site}
+    if 0 < most < len(others):
+        chosen = torch.randperm(len(others), generator=drawn)[:most].tolist()
+        others = {name: others[name] for name in [list(others)[place] for place in sorted(chosen)]}
+    return others
 
 
 def measure_style(

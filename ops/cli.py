@@ -214,12 +214,14 @@ def _mount() -> None:
         return
     from ops.data_cli import data_app
     from ops.ledger_cli import ledger_app
+    from ops.provision_cli import provision_command
     from ops.report_cli import report, watch
     from ops.site_cli import site_app
 
     app.add_typer(data_app, name="data")
     app.add_typer(site_app, name="site")
     app.add_typer(ledger_app, name="ledger")
+    app.command("provision")(provision_command)
     app.command("report")(report)
     app.command("watch")(watch)
 

@@ -7,7 +7,8 @@ file and prints for people. Everything of Flower's that this needs is imported h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,10 @@ from common.errors import ConfigError, CredentialError, ProcessError
 from ops.pki import load_public_key
 
 CALL_SECONDS = 20.0
+LINK_SECONDS = 180.0
+LOOK_SECONDS = 0.25
+DOUBT_SECONDS = 10.0
+"""A SuperLink that is being replaced may show its old certificate for so long."""
 ONLINE: str = NodeStatus.ONLINE
 FINISHED: str = Status.FINISHED
 COMPLETED: str = SubStatus.COMPLETED
@@ -251,6 +256,40 @@ class ControlClient:
             return False
         with _translated("stop the run"):
             return bool(self._stub.StopRun(StopRunRequest(run_id=run_id), timeout=CALL_SECONDS).success)
+
+
+def register(control: ControlClient, keys: Mapping[str, Path]) -> None:
+    """Register the sites' public keys; those that are known already stay.
+
+    Raises:
+        CredentialError: A key cannot be read.
+        ProcessError: The SuperLink does not answer.
+    """
+    for alias, key in keys.items():
+        control.register(key, site=alias)
+
+
+def wait_for_link(
+    control: ControlClient, pause: Callable[[float], None] = time.sleep, seconds: float = LINK_SECONDS
+) -> None:
+    """Wait until a SuperLink answers.
+
+    Raises:
+        CredentialError: It shows a certificate of another authority, still after ten seconds.
+        ProcessError: It does not answer in time.
+    """
+    limit = time.monotonic() + seconds
+    doubt = time.monotonic() + DOUBT_SECONDS
+    while True:
+        try:
+            if control.alive():
+                return
+        except CredentialError:
+            if time.monotonic() > doubt:
+                raise
+        if time.monotonic() > limit:
+            raise ProcessError(f"The SuperLink did not answer within {seconds:.0f} s; its log says why.")
+        pause(LOOK_SECONDS)
 
 
 @contextmanager

@@ -60,7 +60,7 @@ PARTITION = Annotated[
     typer.Option(
         "--partition",
         help="How sites are made: random; intensity (msd); column:NAME of --table (msd, brats); "
-        "missing-channel (brats); label-ratio:1,2,4 (luna).",
+        "missing-channel (brats); label-ratio:1,2,4 (luna, cifar); delta:4 (cifar).",
     ),
 ]
 TABLE = Annotated[
@@ -76,6 +76,13 @@ BINARY = Annotated[bool, typer.Option("--binary", help="brats: whole tumour agai
 NEGATIVES = Annotated[float | None, typer.Option("--negatives-per-positive", help="luna: 2 if left out.")]
 DIMS = Annotated[int | None, typer.Option("--dims", help="luna: 3 for cubes (if left out), 2 for slices.")]
 PATCH = Annotated[int | None, typer.Option("--patch-mm", help="luna: edge of a patch, 32 if left out.")]
+CLASSES = Annotated[
+    str | None, typer.Option("--classes", help="cifar: negative and positive class, 1,9 if left out.")
+]
+IMAGES = Annotated[
+    int | None,
+    typer.Option("--images", help="cifar: training and validation images of a site, 400 if left out."),
+]
 
 
 @data_app.callback()
@@ -110,11 +117,13 @@ def import_data(
     negatives_per_positive: NEGATIVES = None,
     dims: DIMS = None,
     patch_mm: PATCH = None,
+    classes: CLASSES = None,
+    images: IMAGES = None,
     force: FORCE = False,
 ) -> None:
     """Bring a public data set into OUT, cut into sites, each split 60/20/20.
 
-    KIND is one of msd, vessels, heart, brats, luna. SOURCE is what was downloaded, an archive or a folder;
+    KIND is one of msd, vessels, heart, brats, luna, cifar. SOURCE is what was downloaded, an archive or a folder;
     `wardround data kinds` says what each kind expects. OUT is a new or empty folder.
 
     Files get neutral names. Sites that are simulated are called so in federation.json and in every report.
@@ -130,6 +139,8 @@ def import_data(
 
       wardround data import luna LUNA16 data/luna --dims 2 --partition label-ratio:1,2,4,7
 
+      wardround data import cifar cifar10_jpeg60k.npz data/cifar --partition delta:4
+
     Then: wardround site check data/vessels, and wardround trial --data data/vessels
     """
     chosen = get_kind(kind)
@@ -142,6 +153,8 @@ def import_data(
         negatives_per_positive=negatives_per_positive,
         dims=dims,
         patch_mm=patch_mm,
+        classes=classes,
+        images=images,
         force=force,
     )
     check_options(chosen, options)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 import re
 import secrets
 from collections.abc import Sequence
@@ -20,24 +19,19 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509 import verification
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from common.errors import ConfigError, CredentialError
+from ops.pki_issue import SSH, general_name, issue_server, new_authority, new_site_key, write_private
+from ops.pki_issue import USAGES as _USAGES  # noqa: F401  (tests build certificates of their own with it)
 
 VALID_DAYS = 30
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 ALIAS = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
-_SKEW = datetime.timedelta(days=1)  # a site whose clock is behind shall be told so by Flower, not by TLS
 _NIST_CURVES = (ec.SECP192R1, ec.SECP224R1, ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
-_USAGES = (
-    *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
-    *("key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
-)
-_SSH = (serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
 
 
 @dataclass(frozen=True)
@@ -79,23 +73,24 @@ def make_trial_pki(
         raise ConfigError("Two sites have the same alias: give each site its own.")
     if days < 1:
         raise ConfigError(f"Certificates must be valid for at least 1 day, got {days}.")
-    ca, cert, key = _issue([*dict.fromkeys((*LOCAL_NAMES, *names))], days)
+    authority = new_authority("wardround trial authority", days)
+    cert, key = issue_server(authority, [*dict.fromkeys((*LOCAL_NAMES, *names))], days)
     for path in (folder, folder / "server", folder / "sites", *(folder / "sites" / alias for alias in sites)):
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(0o700)
     pki = TrialPki(
         folder=folder,
-        ca=_write(folder / "ca.crt", ca),
-        server_cert=_write(folder / "server" / "server.crt", cert),
-        server_key=_write(folder / "server" / "server.key", key),
-        server_secret=_write(folder / "server" / "secret", secrets.token_bytes(32)),
+        ca=write_private(folder / "ca.crt", authority.pem),
+        server_cert=write_private(folder / "server" / "server.crt", cert),
+        server_key=write_private(folder / "server" / "server.key", key),
+        server_secret=write_private(folder / "server" / "secret", secrets.token_bytes(32)),
     )
     for alias in sites:
         home = folder / "sites" / alias
-        private, public = _site_key(alias)
-        pki.site_keys[alias] = _write(home / "key", private)
-        pki.site_public[alias] = _write(home / "key.pub", public)
-        pki.site_secrets[alias] = _write(home / "secret", secrets.token_bytes(32))
+        private, public = new_site_key(alias)
+        pki.site_keys[alias] = write_private(home / "key", private)
+        pki.site_public[alias] = write_private(home / "key.pub", public)
+        pki.site_secrets[alias] = write_private(home / "secret", secrets.token_bytes(32))
     return pki
 
 
@@ -162,8 +157,8 @@ def check_site_key(private: Path, public: Path | None = None, *, site: str = "")
             site=site,
         )
     if public is not None:
-        mine = loaded.public_key().public_bytes(*_SSH)
-        if load_public_key(public, site=site).public_bytes(*_SSH) != mine:
+        mine = loaded.public_key().public_bytes(*SSH)
+        if load_public_key(public, site=site).public_bytes(*SSH) != mine:
             raise CredentialError(
                 f"{who} does not match the public key to be registered: use the two halves of one pair.",
                 detail=f"{private}, {public}",
@@ -178,15 +173,30 @@ def load_public_key(path: Path, *, site: str = "") -> ec.EllipticCurvePublicKey:
         CredentialError: Unreadable, or not an elliptic-curve (NIST) key.
     """
     who = f"Site {site}: the public key" if site else "The site's public key"
+    return parse_public_key(_read(path, who), site=site, detail=str(path))
+
+
+def parse_public_key(line: bytes, *, site: str = "", detail: str = "") -> ec.EllipticCurvePublicKey:
+    """Return the key of one OpenSSH line.
+
+    Args:
+        line: The line.
+        site: Alias for the sentences.
+        detail: Where the line is from.
+
+    Raises:
+        CredentialError: It is not an elliptic-curve (NIST) key.
+    """
+    who = f"Site {site}: the public key" if site else "The site's public key"
     try:
-        loaded = serialization.load_ssh_public_key(_read(path, who))
+        loaded = serialization.load_ssh_public_key(line)
     except (ValueError, UnsupportedAlgorithm) as error:
         raise CredentialError(
-            f"{who} is not an OpenSSH public key.", detail=f"{path}: {error}", site=site
+            f"{who} is not an OpenSSH public key.", detail=f"{detail}: {error}", site=site
         ) from error
     if not isinstance(loaded, ec.EllipticCurvePublicKey) or not isinstance(loaded.curve, _NIST_CURVES):
         raise CredentialError(
-            f"{who} is of another kind than an elliptic-curve (NIST) key.", detail=str(path), site=site
+            f"{who} is of another kind than an elliptic-curve (NIST) key.", detail=detail, site=site
         )
     return loaded
 
@@ -199,72 +209,6 @@ def load_public_pem(path: Path, *, site: str = "") -> bytes:
     """
     key = load_public_key(path, site=site)
     return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-
-
-def _issue(names: Sequence[str], days: int) -> tuple[bytes, bytes, bytes]:
-    """Return (authority certificate, server certificate, server key) as PEM."""
-    start = datetime.datetime.now(datetime.UTC) - _SKEW
-    end = start + _SKEW + datetime.timedelta(days=days)
-    ca_key, server_key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
-    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "wardround trial authority")])
-    usage = dict.fromkeys(_USAGES, False)
-    ca_id = x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key())
-
-    def builder(subject: x509.Name, public: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-        made = x509.CertificateBuilder(ca_name, subject, public, x509.random_serial_number(), start, end)
-        return made.add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(ca_id), False
-        )
-
-    ca = (
-        builder(ca_name, ca_key.public_key())
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(x509.KeyUsage(**usage | {"key_cert_sign": True, "crl_sign": True}), critical=True)
-        .add_extension(ca_id, critical=False)
-        .sign(ca_key, hashes.SHA384())
-    )
-    server = (
-        builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "wardround")]), server_key.public_key())
-        .add_extension(x509.SubjectAlternativeName([_general_name(name) for name in names]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.KeyUsage(**usage | {"digital_signature": True}), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .sign(ca_key, hashes.SHA384())
-    )
-    pem = serialization.Encoding.PEM
-    private = server_key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    return ca.public_bytes(pem), server.public_bytes(pem), private
-
-
-def _site_key(alias: str) -> tuple[bytes, bytes]:
-    key = ec.generate_private_key(ec.SECP384R1())
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-    )
-    return private, key.public_key().public_bytes(*_SSH) + f" {alias}\n".encode()
-
-
-def _general_name(name: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        pass
-    try:
-        return x509.DNSName(name)
-    except ValueError as error:
-        raise ConfigError(f"'{name}' is neither a host name nor an address.") from error
-
-
-def _write(path: Path, content: bytes) -> Path:
-    """Write a file that only its owner can read, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    return path
 
 
 def _read(path: Path, who: str) -> bytes:
@@ -343,7 +287,7 @@ def _check_chain(
                 "call the server by one of these names, or issue a certificate for this one."
             )
         policy = verification.PolicyBuilder().store(verification.Store([authority])).time(now)
-        general = _general_name(name)
+        general = general_name(name)
         subject = verification.IPAddress(general.value) if isinstance(general, x509.IPAddress) else None
         try:
             policy.build_server_verifier(subject or verification.DNSName(name)).verify(leaf, intermediates)

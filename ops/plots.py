@@ -39,6 +39,7 @@ COLOURS = {
     "k4": ("#c9b8a0", "#8d7f6b"),
     "wait": ("#d9a441", "#d9a441"),
     "miss": ("#a3231a", "#ff7a66"),
+    "paper": ("#fffffe", "#101820"),
 }
 SITE_COLOURS = [f"s{index}" for index in range(6)]
 STACK_COLOURS = [f"k{index}" for index in range(5)]
@@ -53,6 +54,7 @@ PHASE_ORDER = (
     "evaluate",
     "load",
     "save",
+    "draw",
     "encode",
     "decode",
     "send",
@@ -128,7 +130,7 @@ def scores(story: Story) -> Chart:
         for panel, model in zip(axes, models, strict=True):
             for alias in story.sites:
                 series = story.series(alias, model)
-                _line(panel, story, alias, series)
+                site_line(panel, story, alias, series)
                 lowest, highest = min([lowest, *series.values()]), max([highest, *series.values()])
             dress(panel, words.MODELS.get(model, model).capitalize(), "round", integers=True)
         axes[0].set_ylabel(title)
@@ -156,7 +158,7 @@ def losses(story: Story) -> Chart:
         return Chart(title, caption, "", "No training loss was told.")
     with drawing() as (figure, (panel,)):
         for alias, values in series.items():
-            _line(panel, story, alias, values)
+            site_line(panel, story, alias, values)
         if len(story.sites) > 1 and mean:
             panel.plot(
                 list(mean), list(mean.values()), color=light("ink"), linewidth=2.2, linestyle=(0, (4, 1.5)), zorder=4
@@ -297,7 +299,7 @@ def _width(bars: int) -> float:
     return 0.72 if bars <= 60 else 1.0  # many thin bars with gaps would only flicker
 
 
-def _line(panel: Axes, story: Story, alias: str, series: dict[int, float]) -> None:
+def site_line(panel: Axes, story: Story, alias: str, series: dict[int, float]) -> None:
     """Draw one site's line; a round without a value leaves a gap."""
     if not series:
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,26 +21,30 @@ from ops import report_faults as faults
 from ops import report_view as view
 from ops import words
 from ops.plots import COLOURS, charts, site_mark
+from ops.plots_masks import mask_charts
 from ops.plots_strip import strip
+from ops.report_against import beside, read_others
 from ops.story import Story
 from ops.story_reader import read_story
 
 REPORT_FILE = "report.html"
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, against: Sequence[Path] = ()) -> Path:
     """Write a run folder's report.html from its event files, whole or not at all.
 
     Args:
         run_dir: The run folder; the run may still be going, or have been cut off.
+        against: Other run folders, whose figures by hospital stand beside this run's.
 
     Returns:
         The page's path.
 
     Raises:
-        ConfigError: The folder holds no run, or the page cannot be written there.
+        ConfigError: The folder holds no run, the page cannot be written there, or another run cannot stand beside it.
     """
-    page = render(read_story(run_dir), run_dir)
+    story = read_story(run_dir)
+    page = render(story, run_dir, read_others(against, story))
     path = run_dir / REPORT_FILE
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -59,17 +64,18 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def render(story: Story, folder: Path) -> str:
+def render(story: Story, folder: Path, others: Sequence[Story] = ()) -> str:
     """Return the page of a story.
 
     Args:
         story: What is told.
         folder: The run folder, where example slices are looked for.
+        others: Runs over the same data (`read_others`).
     """
-    return _template().render(context(story, folder))
+    return _template().render(context(story, folder, others))
 
 
-def context(story: Story, folder: Path) -> dict[str, Any]:
+def context(story: Story, folder: Path, others: Sequence[Story] = ()) -> dict[str, Any]:
     """Return what the template lays out."""
     notes = story.notes
     title = str(notes.get("title") or story.data or story.run or "Run")
@@ -93,6 +99,9 @@ def context(story: Story, folder: Path) -> dict[str, Any]:
         "bars": view.bars(story),
         "cards": view.cards(story),
         "charts": charts(story),
+        "masks": mask_charts(story),
+        "beside": beside(story, others),
+        "others": [other.run for other in others],
         "results": view.result_tables(story),
         "place": _place(story),
         "own": len(story.models_seen) > 1,
@@ -109,6 +118,7 @@ def context(story: Story, folder: Path) -> dict[str, Any]:
         "traffic": view.traffic(story),
         "wire": len(measured) == len(story.sites),
         "pictures": view.gallery(story, folder),
+        "styles": view.gallery(story, folder, "styles"),
         "processes": view.processes(story),
         "models": [
             {"name": item.name, "size": words.size(item.bytes), "round": item.round, "site": item.site}

@@ -19,16 +19,26 @@ REFRESH_SECONDS = 0.25
 def report(
     run: RUN,
     tables: Annotated[bool, typer.Option("--tables", help="Also print the closing tables.")] = False,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--against",
+            metavar="RUN_DIR",
+            help="Show each hospital's figure beside that of another run over the same data; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Build report.html again from a run's event files; also of a run that still goes on, or was cut off.
 
     RUN_DIR is the folder that `wardround trial` named: runs/TIME-METHOD, or what --out said.
+
+    Example, a personal method beside local training and FedAvg: wardround report RUN --against LOCAL --against FEDAVG
     """
     from ops.report import write_report
     from ops.tables import print_closing
 
     console = Console()
-    path = write_report(run)
+    path = write_report(run, against or ())
     if tables:
         print_closing(run, console)
     else:

@@ -303,29 +303,38 @@ def processes(story: Story) -> Table:
     return table
 
 
-def gallery(story: Story, folder: Path) -> list[tuple[str, list[Picture], str]]:
-    """Return (site, pictures beside this page, sentence) of each site that wrote example slices."""
+def gallery(story: Story, folder: Path, kind: str = "slices") -> list[tuple[str, list[Picture], str]]:
+    """Return (site, pictures beside this page, sentence) of each site that wrote pictures.
+
+    Args:
+        story: What is told.
+        folder: The run folder.
+        kind: "slices", examples of a segmentation; or "styles", a training sample in other sites' styles.
+    """
     found = []
     for alias, site in story.sites.items():
-        home = folder / "sites" / alias / "slices"
+        home = folder / "sites" / alias / kind
+        written = site.slices if kind == "slices" else site.styles
         files = (
             sorted(path.name for path in home.iterdir() if path.suffix.lower() in _SUFFIXES)
             if (is_alias(alias) and home.is_dir())
             else []
         )
-        if not files and not site.slices:
+        if not files and not written:
             continue
         pictures = [
-            Picture(quote(f"sites/{alias}/slices/{name}"), Path(name).stem.replace("_", " "))
+            Picture(quote(f"sites/{alias}/{kind}/{name}"), _caption(Path(name).stem, kind))
             for name in files[:MOST_PICTURES]
         ]
         sentence = (
-            ""
-            if files
-            else f"{words.plural(site.slices or 0, 'picture')} lie at the hospital and are not here."
+            "" if files else f"{words.plural(written or 0, 'picture')} lie at the hospital and are not here."
         )
         found.append((alias, pictures, sentence))
     return found
+
+
+def _caption(stem: str, kind: str) -> str:
+    return f"in the style of {stem}" if kind == "styles" else stem.replace("_", " ")
 
 
 def configuration(story: Story) -> list[tuple[str, list[tuple[str, str]]]]:

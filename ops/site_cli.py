@@ -1,4 +1,4 @@
-"""`wardround site`: what a hospital does with its own data folder, before and without any federation."""
+"""`wardround site`: a hospital's own data folder, looked at without any federation; and its way into one."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from common.config import DataConfig
 from common.dataset_json import DATASET_FILE, SPLITS
 from common.errors import DataError, nearest
 from common.federation import find_sites, is_alias, read_federation_file
+from ops.approve_cli import approve_command, list_command, register_command, revoke_command
+from ops.kit_cli import commands, request, verify
 
 if TYPE_CHECKING:
     from client.data.check import SiteCheck
     from client.data.inspection import Problem
 
 site_app = typer.Typer(
-    help="Look after one hospital's data.",
+    help="Look after one hospital: its data, its startup kit, its admission.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     add_completion=False,
@@ -35,10 +37,20 @@ _SHOWN = 20  # problems of one kind that are listed at the terminal; the JSON fi
 
 @site_app.callback()
 def _group() -> None:
-    """Look after one hospital's data."""
+    """Look after one hospital: its data, its startup kit, its admission."""
 
 
-@site_app.command("check")
+AT_SITE, AT_COORDINATOR = "At the hospital", "At the coordinator"
+site_app.command("verify", rich_help_panel=AT_SITE)(verify)
+site_app.command("request", rich_help_panel=AT_SITE)(request)
+site_app.command("commands", rich_help_panel=AT_SITE)(commands)
+site_app.command("approve", rich_help_panel=AT_COORDINATOR)(approve_command)
+site_app.command("revoke", rich_help_panel=AT_COORDINATOR)(revoke_command)
+site_app.command("register", rich_help_panel=AT_COORDINATOR)(register_command)
+site_app.command("list", rich_help_panel=AT_COORDINATOR)(list_command)
+
+
+@site_app.command("check", rich_help_panel=AT_SITE)
 def check(
     directory: Annotated[
         Path,

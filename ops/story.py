@@ -17,6 +17,7 @@ from ops.story_parts import (
     Failure,
     Figures,
     Joined,
+    Masks,
     Notice,
     Process,
     RefusedCheckpoint,
@@ -38,7 +39,7 @@ VALIDATION, TEST = "validation", "test"
 LOWER_IS_BETTER = frozenset({"hd95", "assd", "loss", "brier", "ece", "nll", "mae", "mse", "rmse"})
 
 __all__ = [
-    "NO_REASON", "Activity", "Attempt", "Failure", "Figures", "Joined", "Notice", "Process", "RefusedCheckpoint",
+    "NO_REASON", "Activity", "Attempt", "Failure", "Figures", "Joined", "Masks", "Notice", "Process", "RefusedCheckpoint",
     "Restart", "Resume", "Round", "SavedModel", "Site", "SiteRound", "Story", "Transport", "Verdict", "Witness",
 ]  # fmt: skip
 
@@ -154,6 +155,11 @@ class Story:
         """The training rounds that were whole; a last round that missed its quorum is none."""
         most = float("inf") if self.whole is None else self.whole
         return [item for item in self.training if item.ended and item.contributed and item.number <= most]
+
+    @property
+    def masks(self) -> dict[int, Masks]:
+        """What was told of the sites' masks, by round; empty where the method has none."""
+        return {item.number: item.masks for item in self.training if item.masks is not None}
 
     @property
     def current(self) -> Round | None:

@@ -28,6 +28,7 @@ from ops.story_fields import (
     site_of,
     text,
 )
+from ops.story_masks import masks_of
 
 _MOST_RETRIES = 1_000_000
 _LEDGER = re.compile(r"(\d{1,15}):([0-9a-f]{64})")
@@ -202,6 +203,18 @@ def _slices_saved(story: Story, event: Event) -> None:
         site_of(story, alias).slices = integer(event, "count")
 
 
+def _styles_saved(story: Story, event: Event) -> None:
+    alias = text(event, "site")
+    if alias:
+        site_of(story, alias).styles = integer(event, "count")
+
+
+def _method_figures(story: Story, event: Event) -> None:
+    masks = masks_of(event.get("figures"))
+    if masks is not None and (item := round_of(story, event)) is not None:
+        item.masks = masks
+
+
 def _warning(story: Story, event: Event) -> None:
     story.warnings.append(
         Notice(
@@ -243,5 +256,7 @@ _HANDLERS: dict[str, Callable[[Story, Event], None]] = {
     "phase": _phase,
     "model.saved": _model_saved,
     "slices.saved": _slices_saved,
+    "styles.saved": _styles_saved,
+    "method.figures": _method_figures,
     "warning": _warning,
 }

@@ -82,6 +82,36 @@ class SiteRound:
         return None if kinds is None else sum(kinds.values())
 
 
+@dataclass(frozen=True)
+class Masks:
+    """What the masks of a round look like side by side (common/mask_figures.py); lists are in the order of `sites`.
+
+    Attributes:
+        sites: Whose masks they are.
+        parameters: Values that may be sensitive.
+        density: Share of them that is sensitive, by site.
+        tensors: Names, with their `sizes`.
+        by_tensor: Density by site and tensor.
+        overlap: Jaccard index of every two sites, None where neither has a sensitive value.
+        chance: The same as random masks of these densities would have; `chance_by_tensor` of these in every tensor.
+        holders: How many values 0, 1, ... sites find sensitive.
+        tensors_left_out, sites_left_out: How many are not told.
+    """
+
+    sites: list[str]
+    parameters: int
+    density: list[float]
+    tensors: list[str]
+    sizes: list[int]
+    by_tensor: list[list[float]]
+    overlap: list[list[float | None]]
+    chance: list[list[float | None]]
+    chance_by_tensor: list[list[float | None]]
+    holders: list[int]
+    tensors_left_out: int = 0
+    sites_left_out: int = 0
+
+
 @dataclass
 class Round:
     """One cycle of the run.
@@ -94,6 +124,7 @@ class Round:
         again: How often it had been begun before and was run again after an interruption.
         ended: The server told its end.
         seconds, slowest, overhead, loss: As the server told them.
+        masks: What the method told of the sites' masks.
     """
 
     number: int
@@ -111,6 +142,7 @@ class Round:
     said_missing: list[str] = field(default_factory=list)
     cases: dict[str, int] = field(default_factory=dict)
     sites: dict[str, SiteRound] = field(default_factory=dict)
+    masks: Masks | None = None
 
     def site(self, alias: str) -> SiteRound:
         """Return what is known of a site, making room for it."""
@@ -186,6 +218,7 @@ class Site:
     refused: Failure | None = None
     transport: Transport | None = None
     slices: int | None = None
+    styles: int | None = None
     activity: Activity = field(default_factory=Activity)
     figures: dict[tuple[int, str, str], Figures] = field(default_factory=dict)
     witness: Witness | None = None

@@ -61,6 +61,7 @@ PHASES = {
     "sketch": "Fisher sketch",
     "sensitivity": "Sensitivity mask",
     "save": "Save state",
+    "draw": "Draw pictures",
     "encode": "Encode",
     "decode": "Decode",
     "load": "Load data",
@@ -106,6 +107,8 @@ ADVICE = {
     "they are the same, keep the logs and report it.",
     "mismatch": "Make the two ends fit (version, labels, channels, spacing) as the sentence says, then start again.",
     "policy": "The hospital's policy decides: choose another method, or ask the hospital to allow it in its site.toml.",
+    "base": "The site no longer had the model it was sent, and got the whole one; if it comes again, look at the site's "
+    "volume.",
     "worker": "Look at the site's worker log; start its worker again.",
     "quorum": "Look at the reasons of the missing sites and correct those sites; a lower quorum needs a new run.",
     "process": "Look at the named process's log in the run folder's logs/.",

@@ -20,6 +20,7 @@ from common.store import (
 )
 
 KEEP = 2
+WIRE = "wire:"  # no namespace of a method's state has a colon
 
 
 class Checkpoints:
@@ -110,6 +111,25 @@ class Checkpoints:
     def save_model(self, name: str, model: Tensors, notes: dict[str, str]) -> int:
         """Write a model into `models/` and return its bytes."""
         return write_tensors(self.models / name, model, notes)
+
+
+def joined(state: State, wire: State) -> State:
+    """Return a method's state with what compression must know after a round, each name of it under a prefix."""
+    tensors = {WIRE + name: tensor for name, tensor in wire.tensors.items()}
+    values = {WIRE + name: value for name, value in wire.values.items()}
+    return State(state.tensors | tensors, state.values | values)
+
+
+def parted(whole: State) -> tuple[State, State]:
+    """Return the method's state and compression's out of a checkpoint."""
+    state, wire = State(), State()
+    for name, tensor in whole.tensors.items():
+        own = name.startswith(WIRE)
+        (wire if own else state).tensors[name.removeprefix(WIRE) if own else name] = tensor
+    for name, value in whole.values.items():
+        own = name.startswith(WIRE)
+        (wire if own else state).values[name.removeprefix(WIRE) if own else name] = value
+    return state, wire
 
 
 def _difference(known: str, config: str) -> str:

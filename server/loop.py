@@ -16,7 +16,8 @@ import torch
 
 from common.compress import Compression
 from common.config import RunConfig
-from common.errors import PayloadError, QuorumError, WardroundError, safe_sentence
+from common.downlink import Downlink
+from common.errors import BaseLostError, PayloadError, QuorumError, WardroundError, safe_sentence
 from common.events import EventLog
 from common.frames import Parts
 from common.guard import check_size, check_state, check_updates, outliers
@@ -26,10 +27,11 @@ from common.proto.wardround_pb2 import Phase
 from common.tasks import divide
 from common.wire import CLOSING, ROUND, Envelope, MetricSet, bytes_by_kind, decode, encode
 from server.answers import check_figures, check_sender, named, told
-from server.checkpoint import Checkpoints
-from server.cycle import TRANSPORT, Cycle, LateTickets
+from server.checkpoint import Checkpoints, joined, parted
+from server.cycle import TRANSPORT, LateTickets
 from server.fold import OrderedFold
 from server.link import Answer, Link
+from server.rebase import WholeAgain
 from server.roster import Roster, RosterCall, needed_sites
 
 
@@ -99,6 +101,7 @@ class RoundLoop:
             shapes, groups
         )  # without values, or round 0 would stay in memory
         self.compression = Compression(config.wire, self.template, groups)
+        self.downlink = Downlink(self.compression)
         self.events = events
         self.checkpoints = checkpoints
         self.call = call
@@ -120,7 +123,9 @@ class RoundLoop:
         self.done, state, attempt = self.checkpoints.newest(self.config.to_json(), self._refuse_checkpoint)
         if not attempt and state is None:
             return False
-        self.state = state or self.state
+        if state is not None:
+            self.state, held = parted(state)
+            self.downlink.restore(held)
         self.events.emit("run.resume", round=self.done, attempt=max(attempt, 1))
         return True
 
@@ -162,11 +167,15 @@ class RoundLoop:
             )
         state = self.server.finish(self.state, acc, context)
         check_state(state.tensors, what=f"Round {number}")
-        figures = self.server.figures(state, acc, context)
-        if figures:
-            self.events.emit("method.figures", round=number, method=self.method.name, figures=figures)
+        self.tell_figures(state, acc, context)
         self._tell_end(number, log, closing=False)
         return state
+
+    def tell_figures(self, state: State, acc: Accumulator, context: RoundContext) -> None:
+        """Tell what the method has to say of a finished round."""
+        figures = self.server.figures(state, acc, context)
+        if figures:
+            self.events.emit("method.figures", round=context.round, method=self.method.name, figures=figures)
 
     def closing(self) -> None:
         """Let every site evaluate the end.
@@ -218,7 +227,7 @@ class RoundLoop:
         for site in sites:
             if site not in there:
                 miss(site, *self._why_absent(site))
-        cycle = Cycle(
+        cycle = WholeAgain(
             self.link, self.events, self.config.rounds, run=self.run, number=number, phase=phase,
             nodes=self.roster.nodes, message=lambda site: self._message(number, phase, site),
             needed=needed, late=self._late, absent=self._absent,
@@ -232,6 +241,7 @@ class RoundLoop:
             order.release()
         finally:
             order.close()
+            self.downlink.over()
         self._absent = set(log.missing)
         log.seconds = time.monotonic() - started
         return log, folded[0] if folded else Accumulator()
@@ -250,7 +260,8 @@ class RoundLoop:
 
     def sending(self, number: int, site: str) -> Payloads:
         """Return what a site is sent in a round, as it travels."""
-        return self.compression.down(self._sent(number, site), self.server.downlink)
+        sent, stream = self._sent(number, site), self.server.stream(site)
+        return self.downlink.sending(sent, self.server.downlink, number, site, stream)
 
     def taken(self, payloads: Payloads, number: int, site: str) -> Payloads:
         """Return a site's answer to a round as the method knows it; nothing of it is checked but its coding.
@@ -258,7 +269,9 @@ class RoundLoop:
         Raises:
             PayloadError: It is not coded as the run says; the site is named.
         """
-        return self.compression.taken(payloads, self.server.uplink, self._sent(number, site), who=site)
+        reached = self.downlink.reached(number, site, self.server.stream(site))
+        sent = self._sent(number, site)
+        return self.compression.taken(payloads, self.server.uplink, sent, who=site, reached=reached)
 
     def _sent(self, number: int, site: str) -> Payloads:
         return {item.name: item for item in self.server.send(self.state, site, self._context(number, site))}
@@ -290,7 +303,7 @@ class RoundLoop:
                 return TRANSPORT, f"{site}: {answer.error}."
             envelope = decode(answer.parts)
             if envelope.failure:
-                return told(envelope.failure, site)
+                return self._told(envelope.failure, site)
             norm = self.check(envelope, number, phase, site)
         except WardroundError as error:
             code, sentence = safe_sentence(error)
@@ -335,8 +348,18 @@ class RoundLoop:
         if phase == ROUND:
             if envelope.cases < 1:
                 raise PayloadError(f"{site}: contributed no training case.", site=site)
-            return self._check_round(envelope, number, site)
+            norm = self._check_round(envelope, number, site)
+            self.downlink.arrived(number, site)
+            return norm
         return 0.0
+
+    def _told(self, failure: tuple[str, str], site: str) -> tuple[str, str]:
+        """Return a site's failure as it may be told; one that lost its model gets it whole when it is asked again."""
+        code, sentence = told(failure, site)
+        if failure[0] != BaseLostError.code:
+            return code, sentence
+        self.downlink.lost(site)
+        return BaseLostError.code, sentence
 
     def _check_round(self, envelope: Envelope, number: int, site: str) -> float:
         """Check a round's payloads by all that is known of them, and return the norm of the update."""
@@ -386,7 +409,7 @@ class RoundLoop:
         if self.checkpoints is None:
             return
         started = time.monotonic()
-        size = self.checkpoints.write(number, self.state)
+        size = self.checkpoints.write(number, joined(self.state, self.downlink.state()))
         self.events.emit("checkpoint", round=number, seconds=time.monotonic() - started, bytes=size)
 
     def _save_model(self) -> None:

@@ -217,6 +217,7 @@ class MethodStrategy(Strategy):
         for envelope in envelopes:
             acc = loop.server.fold(acc, Reply(envelope.site, envelope.cases, envelope.payloads))
         loop.state = loop.server.finish(loop.state, acc, context)
+        loop.tell_figures(loop.state, acc, context)
         loop.done = server_round
         total = sum(envelope.cases for envelope in envelopes)
         model = loop.server.model(loop.state)

@@ -56,7 +56,12 @@ def write_table_site(folder: Path, *, seed: int, rows: int = 24, shift: float = 
 def table_config(
     method: str = "fedavg", *, rounds: int = 3, seed: int = 7, sites: tuple[str, ...] = (), **params: object
 ) -> RunConfig:
-    """Return a run over the tables with a logistic regression and plain SGD."""
+    """Return a run over the tables with a logistic regression and plain SGD.
+
+    Its network is all head: methods that keep the head keep the bias instead, so that something is left to share.
+    """
+    if method in ("fedper", "fedrep"):
+        params.setdefault("personal", ["*.bias"])
     return RunConfig.from_mapping(
         {
             "method": method, "params": params, "seed": seed, "sites": sites,

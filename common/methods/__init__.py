@@ -7,14 +7,17 @@ from common.method import Method
 from common.methods.ditto import DITTO
 from common.methods.fedavg import FEDAVG
 from common.methods.fedbn import FEDBN
+from common.methods.fedper import FEDPER
 from common.methods.fedprox import FEDPROX
+from common.methods.fedrep import FEDREP
 from common.methods.fipa import FIPA
 from common.methods.local_only import LOCAL_ONLY
 from common.methods.pfednet import PFEDNET
 from common.methods.pfl_resfim import PFL_RESFIM
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (DITTO, FEDAVG, FEDBN, FEDPROX, FIPA, LOCAL_ONLY, PFEDNET, PFL_RESFIM)
+    method.name: method
+    for method in (DITTO, FEDAVG, FEDBN, FEDPER, FEDPROX, FEDREP, FIPA, LOCAL_ONLY, PFEDNET, PFL_RESFIM)
 }
 
 

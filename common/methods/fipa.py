@@ -167,12 +167,11 @@ def base_method(params: FIPAParams) -> tuple[Method, MethodParams]:
 
     method = get_method(params.base)
     parsed = method.parse(params.base_params)
-    if not any(
-        spec.name == "model" and spec.reduce is Reduce.WEIGHTED_MEAN for spec in method.server(parsed).uplink
-    ):
+    averaged = method.server(parsed).uplink if method.server.fold is ServerHalf.fold else ()
+    if not any(spec.name == "model" and spec.reduce is Reduce.WEIGHTED_MEAN for spec in averaged):
         raise ConfigError(
-            f"fipa.base '{params.base}' sends no model that is averaged, so there is nothing to aggregate. Use fedavg, "
-            "fedprox, fedbn or ditto."
+            f"fipa.base '{params.base}' has no model that is averaged and nothing else, so there is nothing to aggregate. "
+            "Use fedavg, fedprox, fedbn, fedper, fedrep or ditto."
         )  # fmt: skip
     return method, parsed
 

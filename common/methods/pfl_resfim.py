@@ -17,7 +17,8 @@ A round of site i: assemble θ_i with the mask of its last round, train, measure
 and the mask. Under a hard mask sensitive values stay. A value that nobody shares keeps its last mean at the coordinator.
 
 * Before round `first` there is no mask, and the round is FedAvg's; round 1 has no styles of others to measure with.
-* Styles go to a site in the rounds in which its mask is due, and to a site that has just come. A missing site's style stays.
+* Styles go to a site in the rounds in which masks are due, and to a site that has not measured yet: it does so in the first
+  round from `first` on in which it takes part and there are styles. A missing site's style stays.
 * `local` groups never travel and have no mask; by default the buffers, as batch statistics have no Fisher information.
 * F is that of the cross-entropy without class weights, over a fixed seeded set of un-augmented samples, in evaluation mode.
 * Tables have no spectrum: their style is each feature's mean and standard deviation; standardised columns have all the same.
@@ -27,9 +28,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
-from collections.abc import Iterable
-from typing import Literal, Self
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -37,6 +37,7 @@ from pydantic import Field, model_validator
 from common import resfim
 from common.errors import ConfigError, PayloadError, TrainingError
 from common.guard import check_updates
+from common.mask_figures import MaskFigures
 from common.method import (
     PERSONAL,
     Accumulator,
@@ -57,7 +58,7 @@ from common.numerics.diagonal_fisher import Variant
 from common.numerics.rng import generator
 from common.numerics.spectrum import Keep
 from common.payload import Kind, Payload, Payloads, PayloadSpec, Reduce, State, Template, Tensors
-from common.sensitivity import Measurement, check_style, check_styles, measure_style
+from common.sensitivity import Measurement, Split, check_style, check_styles, fitting_styles, measure_style
 
 SENSITIVITY = "sensitivity"  # the phase in which a site measures
 NAMES = "resfim.names"
@@ -96,7 +97,7 @@ class ResFIMParams(MethodParams):
     styles: int = Field(
         default=0, ge=0, description="styles of others, drawn anew for each measurement; 0 is all"
     )
-    samples: int = Field(default=64, ge=1, description="training samples that a Fisher information is over")
+    samples: int = Field(default=0, ge=0, description="of a Fisher information; 0: 8 to 64, about an epoch")
     variant: Variant = Field(
         default="empirical", description="Fisher information of true labels, or of labels from the model"
     )
@@ -166,6 +167,11 @@ class ResFIMParams(MethodParams):
             self.samples, self.variant, self.reference, form, self.over_sites, self.beta, self.lam,
             self.keep,
         )  # fmt: skip
+
+    @property
+    def split(self) -> Split:
+        """How R becomes a mask."""
+        return Split(self.soft, "rank" if self.normalise == "global" else "tensor", self.tau, self.rho)
 
     def due(self, ctx: RoundContext) -> bool:
         """Tell whether masks are measured in a round."""
@@ -238,7 +244,12 @@ class ResFIMServer(ServerHalf):
 
     def begin(self, state: State, ctx: RoundContext) -> Accumulator:
         """Open the round."""
-        return Accumulator(extra={"holders": resfim.Holders(), "model": state.part("model"), "styles": {}})
+        model = state.part("model")
+        extra: dict[str, Any] = {"holders": resfim.Holders(), "model": model, "styles": {}}
+        if self.params.masked and not self.params.soft and ctx.round >= self.params.first:
+            names = json.loads(str(state.values[NAMES]))
+            extra["figures"] = MaskFigures({name: model[name].numel() for name in names})
+        return Accumulator(extra=extra)
 
     def check(self, reply: Reply, state: State, ctx: RoundContext) -> None:
         """Refuse values that their mask does not leave, a style out of its place, and updates that are too large."""
@@ -254,13 +265,8 @@ class ResFIMServer(ServerHalf):
             check_style(style.tensors, {}, params.most, who=who)
         if not params.masked:
             return
-        model, masks = state.part("model"), reply.payloads["sensitive"].tensors
-        like = {name: model[name] for name in json.loads(str(state.values[NAMES]))}
-        if params.soft:
-            resfim.check_shares(masks, like, who=who)
-            base = model
-        else:
-            base = resfim.kept_values(model, resfim.unpack_masks(masks, like, who=who))
+        names, masks = json.loads(str(state.values[NAMES])), reply.payloads["sensitive"].tensors
+        base = resfim.expected_values(masks, state.part("model"), names, soft=params.soft, who=who)
         resfim.check_kept(reply.payloads["model"].tensors, base, who=who)
         sent = {"model": Payload("model", Kind.MODEL, base)}
         check_updates({"model": reply.payloads["model"]}, (MODEL,), sent, self.robust, who=who)
@@ -273,18 +279,17 @@ class ResFIMServer(ServerHalf):
         if self.params.masked:
             values, masks = (reply.payloads[name].tensors for name in ("model", "sensitive"))
             model = acc.extra["model"]
-            if self.params.soft:
-                shares = {name: mask.to(torch.float64) / resfim.LEVELS for name, mask in masks.items()}
-            else:
-                sensitive = resfim.unpack_masks(masks, model, who=reply.site)
-                shares = {name: ~mask for name, mask in sensitive.items()}
+            shares, sensitive = resfim.shares(masks, model, soft=self.params.soft, who=reply.site)
+            if "figures" in acc.extra:
+                acc.extra["figures"].add(reply.site, sensitive)
             for name, value in values.items():
                 acc.extra["holders"].add(name, value, reply.cases, shares.get(name), model[name].shape)
         return super().fold(acc, reply)
 
     def finish(self, state: State, acc: Accumulator, ctx: RoundContext) -> State:
         """Close the round."""
-        state = super().finish(state, acc, ctx)
+        measured = [site for site in acc.sites if self._styles(state, site, ctx)]
+        state = resfim.having_measured(super().finish(state, acc, ctx), measured)
         if self.params.masked:
             whole = self.params.aggregate == "intersection"
             least = float(acc.cases) if whole else 0.0
@@ -297,28 +302,23 @@ class ResFIMServer(ServerHalf):
             state = state.having("unshared", resfim.pack_masks(stays)) if whole else state
         return self._with_styles(state, acc.extra["styles"]) if self.params.measures else state
 
+    def figures(self, state: State, acc: Accumulator, ctx: RoundContext) -> dict[str, Any]:
+        """Return how dense the round's masks are, where, and how far the sites agree; empty where none came."""
+        return acc.extra["figures"].told() if "figures" in acc.extra else {}
+
     def _wanted(self, state: State, site: str, ctx: RoundContext) -> bool:
         """Tell whether a site is to send its style: until one has arrived."""
         held = {name.partition("/")[2] for name in state.part("style")}
         return self.params.measures and ctx.round <= ctx.rounds and site not in held
 
     def _styles(self, state: State, site: str, ctx: RoundContext) -> Tensors:
-        """Return the styles that a site measures with: the others', where its mask is due or it has just come."""
+        """Return the styles that a site measures with: the others', where masks are due or it has none yet."""
         params: ResFIMParams = self.params
-        new = self._wanted(state, site, ctx) and ctx.round >= params.first
-        if not params.measures or not (new or params.due(ctx)):
+        late = params.first <= ctx.round <= ctx.rounds and site not in resfim.measured(state)
+        if not params.measures or not (late or params.due(ctx)):
             return {}
-        held = sorted(state.part("style").items())
-        forms = {name: (name.partition("/")[0], tuple(style.shape[-2:])) for name, style in held}
-        own = [forms[name] for name, _ in held if name.partition("/")[2] == site]
-        # an odd style harms its sender alone: a site is sent those of its own form, a new one those most have
-        fitting = own or [form for form, _ in Counter(forms.values()).most_common(1)]
-        others = {k: v for k, v in held if forms[k] in fitting and k.partition("/")[2] != site}
-        if 0 < params.styles < len(others):
-            draw = generator("styles", ctx.seed, site, ctx.round)
-            chosen = torch.randperm(len(others), generator=draw)[: params.styles].tolist()
-            others = {name: others[name] for name in [list(others)[place] for place in sorted(chosen)]}
-        return others
+        drawn = generator("styles", ctx.seed, site, ctx.round)
+        return fitting_styles(state.part("style"), site, params.styles, drawn)
 
     def _with_styles(self, state: State, arrived: dict[str, Tensors]) -> State:
         """Keep the styles that came."""
@@ -377,6 +377,13 @@ class ResFIMSite(SiteHalf):
         seconds = {SENSITIVITY: time.perf_counter() - started} if params.splits else {}
         return SiteResult(payloads, state, work.cases, stats, seconds)
 
+    def pictures(
+        self, work: SiteWork, received: Payloads, state: State
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield a training sample as it is and in the styles that came."""
+        own, others = state.part("style"), received["styles"].tensors if "styles" in received else {}
+        return self.params.measurement.restyled(work, own, others) if own and others else iter(())
+
     def _sensitivity(self, work: SiteWork, received: Payloads, state: State) -> tuple[State, list[Payload]]:
         """Return the state with this round's mask and style, and the style as a payload where it is wanted."""
         params: ResFIMParams = self.params
@@ -417,18 +424,8 @@ class ResFIMSite(SiteHalf):
         if params.smoothing:
             changes = residuals.smooth(state.part("residual") or None, changes, params.smoothing)
             state = state.having("residual", {name: value.float() for name, value in changes.items()})
-        scores = residuals.normalise(changes, "rank" if params.normalise == "global" else "tensor")
-        if params.soft:
-            scores = {name: torch.where(changes[name] > 0, score, 0.0) for name, score in scores.items()}
-            shares = {
-                name: ((1 - score) * resfim.LEVELS).round().to(torch.uint8) for name, score in scores.items()
-            }
-            return state.having("mask", shares)
-        # what does not change is not sensitive, also where too little changes to make up ρ
-        scores = {name: torch.where(changes[name] > 0, score, -1.0) for name, score in scores.items()}
-        if params.tau:
-            return self._masked(state, residuals.sensitive_above(scores, params.tau))
-        return self._masked(state, residuals.sensitive_fraction(scores, params.rho, above=-0.5))
+        masks = params.split.masks(changes)
+        return state.having("mask", masks) if params.soft else self._masked(state, masks)
 
     def _masked(self, state: State, masks: resfim.Masks) -> State:
         """Return the state with a mask and the shares that it makes sensitive, by layer and of all."""

@@ -28,6 +28,7 @@ MODELS: dict[str, Family] = {
         Family(
             "densenet121", "common.models.densenet", "DenseNet121", ("classification",), ("classification",)
         ),
+        Family("densenet", "common.models.densenet_small", "DenseNet", ("classification",)),
         Family("logistic", "common.models.logistic", "Logistic", ("tabular",), default_for=("tabular",)),
         Family("mlp", "common.models.mlp", "MultilayerPerceptron", ("tabular",)),
     )

@@ -20,11 +20,11 @@ GROWTH = 32  # divides all of its channel counts
 SMALLEST = 29
 
 
-def coarsest(size: int) -> int:
-    """Return what a patch size is after a strided convolution, a padded pooling and three poolings."""
+def coarsest(size: int, poolings: int = 3) -> int:
+    """Return what a patch size is after a strided convolution, a padded pooling and the transitions' poolings."""
     for _ in range(2):
         size = (size + 1) // 2
-    for _ in range(3):
+    for _ in range(poolings):
         size //= 2
     return size
 

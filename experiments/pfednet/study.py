@@ -45,11 +45,11 @@ NETWORKS = {
 CODECS = {
     "raw": (),
     **{f"stc p={p}": ("uplink-codec=stc", f"uplink-p={p}") for p in ("0.1", "0.04", "0.01")},
-    **{f"cer γ={g}": ("uplink-codec=cer", f"gamma={g}") for g in ("0.001", "0.01", "0.05")},
+    **{f"cer γ={g}": ("uplink-codec=cer", f"gamma={g}") for g in ("0.0001", "0.001", "0.01")},
     **{
         f"cer+stc γ={g} p={p}": ("uplink-codec=cer-stc", f"gamma={g}", f"uplink-p={p}")
         for p in ("0.1", "0.04", "0.01")
-        for g in ("0.001", "0.01")
+        for g in ("0.0001", "0.001")
     },
 }
 

@@ -81,7 +81,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="labels of the tables, with commas")
     parser.add_argument("--seeds", default="0", help="of the sweep")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--workers", type=int, default=0, help="processes, one core each; 0: as many as cores")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes, one core each; 0: as many as cores"
+    )
     options = parser.parse_args(argv)
     roots = {"brain": options.brain, "vessels": options.vessels}
     jobs: list[Job] = []

@@ -14,10 +14,13 @@ from client.slices import (
     OPACITY,
     SHORTEST,
     draw_case,
+    draw_restyled,
     fullest_slice,
+    limits_of,
     overlaid,
     panel_size,
     save_slices,
+    save_styles,
     windowed,
 )
 from tests.client.test_trainer import make
@@ -140,3 +143,54 @@ def test_classes_beyond_the_palette_start_over():
     drawn = overlaid(grey, np.array([[1, 1 + len(COLOURS)]], np.int32))
     assert (drawn[0, 0] == drawn[0, 1]).all()
     assert (drawn[0, 0] != 10).any()
+
+
+def test_a_restyled_picture_shares_one_scale_and_shows_the_change():
+    plain = np.linspace(0, 100, 256).reshape(1, 16, 16)
+    first, second, change = panels(draw_restyled(np.stack([plain, plain])))
+    assert np.array_equal(first, second)
+    assert not change.any()
+    first, second, change = panels(draw_restyled(np.stack([plain, plain + 50])))
+    low, high = limits_of(plain)
+    assert second.mean() > first.mean() + 60
+    assert (change == round(255 * 50 / (high - low))).all()
+    assert first.shape == (SHORTEST, SHORTEST, 3)
+
+
+def test_a_restyled_picture_keeps_colours_and_which_of_them_changed():
+    pair = np.random.default_rng(0).random((2, 3, 8, 8))
+    pair[1] = pair[0]
+    pair[1, 2] += 0.5
+    *_, change = panels(draw_restyled(pair))
+    assert not change[..., :2].any()
+    assert (change[..., 2] > 100).all()
+
+
+def test_a_restyled_volume_is_cut_through_its_middle_across_the_coarsest_axis():
+    volume = np.zeros((2, 1, 16, 6, 8))
+    volume[:, 0, :, 3] = np.arange(16)[:, None]
+    volume[1, 0, 0, 3] += 15.0
+    first, _, change = panels(draw_restyled(volume, (1.0, 5.0, 1.0)))
+    assert first.shape == (SHORTEST // 2, SHORTEST, 3)
+    assert first[:, -1].mean() > 250
+    assert change[:, 0].mean() > 200
+    assert not change[:, SHORTEST // 2 :].any()
+    with pytest.raises(ValueError, match="two or three axes"):
+        draw_restyled(np.zeros((2, 5)))
+
+
+def test_style_pictures_are_replaced_and_a_false_alias_writes_nothing(tmp_path, monkeypatch):
+    folder = tmp_path / "home" / "styles"
+    pair = torch.rand(2, 1, 8, 8)
+    samples = [("b", pair), ("../outside", pair), (".hidden", pair), ("", pair), ("c-1", pair)]
+    assert save_styles(folder, iter(samples)) == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["b.png", "c-1.png"]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert save_styles(folder, [("b", pair.flip(0)), ("c-1", pair)]) == 2
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert after["c-1.png"] == before["c-1.png"]
+    assert after["b.png"] != before["b.png"]
+    assert save_styles(tmp_path / "none", iter(())) == 0
+    assert not (tmp_path / "none").exists()
+    monkeypatch.setattr("client.slices.MOST_STYLES", 2)
+    assert save_styles(tmp_path / "many", ((f"s{place}", pair) for place in range(9))) == 2

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.codecs import CODECS
-from common.compress import Compression, received
+from common.compress import Compression
 from common.config import RunConfig, WireConfig
+from common.downlink import Downlink, received
 from common.errors import ConfigError, PayloadError
 from common.method import MethodParams
 from common.payload import Kind, Payload, PayloadSpec, State
 from common.wire import ROUND, Coded, Envelope, bytes_by_kind, decode, encode
-from common.work import Groups
+from common.work import Groups, RoundContext
 
 LIKE = {
     "w": torch.zeros(5, 4),
@@ -30,6 +31,7 @@ CODED, PLAIN = ("w", "b"), ("norm.running_var", "count", "double")
 GROUPS = Groups({"buffers": ("norm.running_var", "count")})
 MODEL = (PayloadSpec("model", Kind.MODEL),)
 UPDATE = (PayloadSpec("model", Kind.UPDATE),)
+AT = RoundContext("run", 1, 3, 7, "alpha")
 BOTH_WAYS = ("stc", "stc-golomb", "bf16", "float16")
 FEW = settings(max_examples=40, deadline=None)
 
@@ -63,9 +65,10 @@ def travel(found):
 def answer(ends, values, base, kept, specs=MODEL, most=0.0, sent=None):
     """One answer from end to end: what the site kept, what the server has."""
     kind = specs[0].kind
-    going, kept = ends.up(payloads(values, kind), specs, payloads(base), kept, most=most)
+    going, kept = ends.up(payloads(values, kind), specs, payloads(base), kept, AT, most=most)
     came, _ = travel(going)
-    return going, kept, ends.taken(came, specs, payloads(sent or base), who="alpha")
+    reached = Downlink(ends).reached(1, "alpha", "")
+    return going, kept, ends.taken(came, specs, payloads(sent or base), who="alpha", reached=reached)
 
 
 # ---- as it is --------------------------------------------------------------------------------------------------------
@@ -74,7 +77,7 @@ def answer(ends, values, base, kept, specs=MODEL, most=0.0, sent=None):
 def test_raw_changes_nothing():
     ends, found, kept = make(), payloads(tensors(1)), State()
     assert ends.down(found, MODEL) is found
-    assert ends.up(found, MODEL, payloads(tensors(2)), kept) == (found, kept)
+    assert ends.up(found, MODEL, payloads(tensors(2)), kept, AT) == (found, kept)
     assert ends.taken(found, MODEL, payloads(tensors(2)), who="alpha")["model"] is found["model"]
     assert received(found)["model"] is found["model"]
 
@@ -102,7 +105,7 @@ def test_buffers_and_other_dtypes_travel_to_the_bit(codec):
 def test_other_payloads_travel_as_they_are(spec):
     ends = make("stc", "bf16")
     found = {spec.name: Payload(spec.name, spec.kind, tensors(1))}
-    going, kept = ends.up(found, (spec,), payloads(tensors(2)), State())
+    going, kept = ends.up(found, (spec,), payloads(tensors(2)), State(), AT)
     assert going[spec.name] is found[spec.name]
     assert not kept.tensors
     down = ends.down(found, (spec,))
@@ -113,7 +116,7 @@ def test_a_network_without_float32_travels_as_it_is():
     ends = make("stc", "bf16", like={"double": LIKE["double"]})
     found = payloads({"double": torch.ones(2, dtype=torch.float64)})
     assert ends.down(found, MODEL)["model"] is found["model"]
-    assert ends.up(found, MODEL, found, State())[0]["model"] is found["model"]
+    assert ends.up(found, MODEL, found, State(), AT)[0]["model"] is found["model"]
 
 
 # ---- sparse ternary, with error feedback -------------------------------------------------------------------------------
@@ -168,11 +171,11 @@ def test_each_payload_has_a_residual_of_its_own_and_keeps_it_when_it_does_not_co
     specs = (*UPDATE, PayloadSpec("second", Kind.UPDATE, optional=True))
     both = {name: Payload(name, Kind.UPDATE, tensors(seed)) for seed, name in enumerate(("model", "second"))}
     ends = make("stc", p=0.1)
-    _, kept = ends.up(both, specs, {}, State())
-    _, alone = ends.up({"second": both["second"]}, specs[1:], {}, State())
+    _, kept = ends.up(both, specs, {}, State(), AT)
+    _, alone = ends.up({"second": both["second"]}, specs[1:], {}, State(), AT)
     assert torch.equal(kept.part("second")["w"], alone.part("second")["w"])
     assert not torch.equal(kept.part("model")["w"], kept.part("second")["w"])
-    going, after = ends.up({"model": both["model"]}, specs, {}, kept)
+    going, after = ends.up({"model": both["model"]}, specs, {}, kept, AT)
     assert set(going) == {"model"}
     assert torch.equal(after.part("second")["w"], kept.part("second")["w"])
     assert not torch.equal(after.part("model")["w"], kept.part("model")["w"])
@@ -233,7 +236,7 @@ def test_values_beyond_the_half_are_refused_by_name():
         with pytest.raises(
             PayloadError, match=r"Tensor 'b' cannot be compressed.*beyond the range of float16"
         ):
-            make("float16").up(payloads(large), MODEL, payloads(tensors(2)), State(), most=most)
+            make("float16").up(payloads(large), MODEL, payloads(tensors(2)), State(), AT, most=most)
 
 
 # ---- the hospital's bound ----------------------------------------------------------------------------------------------
@@ -285,7 +288,7 @@ def test_a_bound_uses_nearly_all_of_itself():
 
 
 def coming(codec="stc"):
-    going, _ = make(codec).up(payloads(tensors(2)), MODEL, payloads(tensors(1)), State())
+    going, _ = make(codec).up(payloads(tensors(2)), MODEL, payloads(tensors(1)), State(), AT)
     return travel(going)[0]
 
 
@@ -365,8 +368,8 @@ def test_a_tensor_coded_and_as_it_is_is_refused():
 
 
 def test_down_comes_only_what_cannot_ask_for_much_memory():
-    with pytest.raises(PayloadError, match="coded as 'ternary', which does not come down"):
-        received(coming())
+    with pytest.raises(PayloadError, match="coded as 'piecewise-ternary', which does not come down"):
+        received(coming("cer-stc"))
     with pytest.raises(PayloadError, match="coordinator: payload 'model': Codec 'bf16'"):
         received({"model": Coded("model", Kind.MODEL, codec="bf16", data=b"nothing")})
     both = Coded(
@@ -382,9 +385,9 @@ def test_what_cannot_be_told_is_refused_not_computed_with():
     base = tensors(1)
     base["w"][0, 0] = -3e38
     with pytest.raises(PayloadError, match=r"'w' cannot be compressed\. .*finite"):
-        make("stc").up(payloads(infinite), MODEL, payloads(base), State())
+        make("stc").up(payloads(infinite), MODEL, payloads(base), State(), AT)
     with pytest.raises(PayloadError, match="beyond the range of bf16"):
-        make("bf16").up(payloads(infinite), MODEL, payloads(base), State())
+        make("bf16").up(payloads(infinite), MODEL, payloads(base), State(), AT)
 
 
 # ---- on the wire, and in the configuration -------------------------------------------------------------------------------
@@ -405,7 +408,7 @@ def test_stc_is_smaller_than_half_precision_and_that_than_raw():
     base, values = ({"w": torch.randn(100, 100, generator=torch.Generator().manual_seed(s))} for s in (1, 2))
     sizes = {}
     for codec in ("raw", "bf16", "stc"):
-        going, _ = make(codec, p=0.01, like=like).up(payloads(values), MODEL, payloads(base), State())
+        going, _ = make(codec, p=0.01, like=like).up(payloads(values), MODEL, payloads(base), State(), AT)
         sizes[codec] = bytes_by_kind(travel(going)[1])["model"]
     assert sizes["raw"] == 40_000
     assert 20_000 <= sizes["bf16"] < 20_100
@@ -423,7 +426,12 @@ def test_settings():
 @pytest.mark.parametrize(
     ("wire", "sentence"),
     [
-        ({"downlink_codec": "stc"}, r"wire\.downlink_codec.*stc compresses only what sites send.*got 'stc'"),
+        ({"downlink_codec": "cer"}, r"wire\.downlink_codec.*'stc'"),
+        ({"downlink_p": 0}, r"wire\.downlink_p.*greater than 0"),
+        ({"gamma": -1}, r"wire\.gamma.*greater than or equal to 0"),
+        ({"gamma_scale": "peak"}, r"wire\.gamma_scale.*'relative'"),
+        ({"gamma_schedule": "cosine"}, r"wire\.gamma_schedule.*'sqrt'"),
+        ({"feedback": True}, r"wire\.feedback.*'all'"),
         ({"uplink_codec": "zip"}, r"wire\.uplink_codec.*'stc'"),
         ({"uplink_p": 0}, r"wire\.uplink_p.*greater than 0"),
         ({"uplink_p": 1.5}, r"wire\.uplink_p.*less than or equal to 1"),

@@ -29,6 +29,8 @@ class ImportOptions:
         negatives_per_positive: Drawn negatives for each positive candidate (luna).
         dims: 2 or 3: slices or cubes around candidates (luna).
         patch_mm: Edge of a patch (luna).
+        classes: The two classes, negative first: "1,9" (cifar).
+        images: Training and validation images of a site (cifar).
         force: Replace OUT if wardround wrote it.
     """
 
@@ -40,6 +42,8 @@ class ImportOptions:
     negatives_per_positive: float | None = None
     dims: int | None = None
     patch_mm: int | None = None
+    classes: str | None = None
+    images: int | None = None
     force: bool = False
 
 
@@ -75,6 +79,7 @@ FORMS = {
     "column": "column:NAME",
     "missing-channel": "missing-channel",
     "label-ratio": "label-ratio:1,2,4",
+    "delta": "delta:4",
 }
 _PACKAGE = "client.data.importers"
 KINDS = {
@@ -115,6 +120,14 @@ KINDS = {
             f"{_PACKAGE}.luna",
             ("random", "label-ratio"),
             ("sites", "table", "negatives_per_positive", "dims", "patch_mm"),
+        ),
+        Kind(
+            "cifar",
+            "two classes of CIFAR-10 JPEG copies, unevenly spread over simulated sites",
+            "the .npz file with train_jpeg, train_offset, train_label and the same for test, or its folder",
+            f"{_PACKAGE}.cifar",
+            ("delta", "label-ratio"),
+            ("classes", "images"),
         ),
     )
 }

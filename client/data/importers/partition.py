@@ -5,7 +5,8 @@ intensity            cases are sorted by the logarithm of a robust image maximum
                      gaps that leave every site a minimal size; site 1 is the darkest
 column:NAME          one site per value of a column of a CSV file
 missing-channel      (brats) one site per channel; each lacks one
-label-ratio:A,B,...  (luna) one site per number: negatives per positive there
+label-ratio:A,B,...  (luna, cifar) one site per number: negatives per positive there
+delta:D              (cifar) five sites: two with D negatives per positive, an even one, two with D positives per negative
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Partition:
     Attributes:
         kind: A key of `FORMS`.
         column: Column name, for kind "column".
-        ratios: Negatives per positive by site, for kind "label-ratio".
+        ratios: Negatives per positive by site, for kinds "label-ratio" and "delta".
     """
 
     kind: str
@@ -68,6 +69,8 @@ def parse_partition(text: str, allowed: Sequence[str]) -> Partition:
         return Partition(kind, column=argument.strip())
     if kind == "label-ratio":
         return Partition(kind, ratios=_ratios(argument))
+    if kind == "delta":
+        return Partition(kind, ratios=_delta(argument))
     if argument:
         raise ConfigError(f"--partition {kind} takes no argument, got '{argument}'. Known here: {forms}.")
     return Partition(kind)
@@ -244,6 +247,18 @@ def _ratios(argument: str) -> tuple[float, ...]:
             "--partition label-ratio needs one positive number per site, negatives per positive: label-ratio:1,2,4."
         )
     return ratios
+
+
+def _delta(argument: str) -> tuple[float, ...]:
+    try:
+        delta = float(argument)
+    except ValueError:
+        delta = 0.0
+    if not 1 <= delta < 1000:
+        raise ConfigError(
+            "--partition delta needs a number from 1 (all sites even) to 999, as negatives per positive: delta:4."
+        )
+    return (delta, delta, 1.0, 1 / delta, 1 / delta)
 
 
 def _best_cuts(gaps: np.ndarray, sites: int, smallest: int) -> list[int]:
