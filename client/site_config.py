@@ -14,6 +14,7 @@ cache_mb = 2048                 # decoded volumes kept in memory at most
 [policy]
 methods = ["*"]                 # methods this hospital takes part in
 kinds = ["*"]                   # payload kinds that may leave (common/payload.py, Kind)
+sketches = ["*"]                # forms of data sketches that may leave: labels, features, image, gradient
 min_cases = 1                   # training cases below which nothing leaves
 max_out_mb = 0                  # most that may leave in a round, repetitions included; 0 no limit
 max_in_mb = 0                   # most that is taken in a round; 0 no limit
@@ -53,7 +54,7 @@ class Policy(Strict):
 
     methods: tuple[str, ...] = ("*",)
     kinds: tuple[str, ...] = ("*",)
-    sketches: tuple[str, ...] = Field(
+    sketches: tuple[Literal["*", "labels", "features", "image", "gradient"], ...] = Field(
         default=("*",), description="forms of data sketches that may leave: labels, features, image, gradient"
     )
     min_cases: int = Field(default=1, ge=1)

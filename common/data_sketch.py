@@ -5,13 +5,15 @@ Four forms, from the smallest disclosure on. The hospital's policy names those t
     labels     share of each class among the labels of its samples (voxels, pictures or rows)
     features   mean and standard deviation of every channel, or of every feature of a table
     image      the mean of its pictures, brought to a few values an axis
-    gradient   the gradient of the common first model on its samples, folded into `size` values by a count sketch
-               (Charikar, Chen, Farach-Colton: Finding Frequent Items in Data Streams, ICALP 2002), which keeps inner
-               products and distances in expectation. All sites fold alike: the folding is drawn from the run's seed.
+    gradient   the gradient of the run's first model with respect to its personal parameters, folded into `size` values by
+               a count sketch (Charikar, Chen, Farach-Colton: Finding Frequent Items in Data Streams, ICALP 2002), which keeps
+               inner products and distances in expectation. All sites fold alike: the folding is drawn from the run's seed.
 
 The paper (pFedNet, III-A) sketches pictures by the covariance of their mean-centred sum, a matrix of pixels by pixels, and tables
 by label ratios. A covariance of pixels says a lot more of single patients than any form here, so it is not offered.
-Samples are the site's fixed, seeded set; patches of volumes are centred on labelled voxels as often as in training.
+
+A sketch is over an epoch's samples, so that all training cases stand behind it: the hospital's `min_cases` then holds for it,
+and the coordinator cannot ask for one over a single patient. Patches of volumes are centred on labels as often as in training.
 """
 
 from __future__ import annotations
@@ -34,13 +36,12 @@ SIDE = 8  # values an axis of the mean picture
 LARGEST = 1 << 16
 
 
-def data_sketch(form: Form, work: SiteWork, *, samples: int, size: int, names: Sequence[str]) -> Tensor:
+def data_sketch(form: Form, work: SiteWork, *, size: int, names: Sequence[str]) -> Tensor:
     """Return a site's sketch.
 
     Args:
         form: Which.
-        work: The site's, its network at the received weights.
-        samples: Training samples to look at; an epoch's at most.
+        work: The site's, its network at the run's first weights.
         size: Values of a gradient's sketch.
         names: Parameters whose gradient is sketched.
 
@@ -51,7 +52,7 @@ def data_sketch(form: Form, work: SiteWork, *, samples: int, size: int, names: S
         ConfigError: A mean picture of a table.
         ValueError: Values that are not finite.
     """
-    batches = work.samples(samples)
+    batches = work.samples(work.visits)
     if form == "labels":
         found = label_shares(work, batches)
     elif form == "features":
@@ -78,6 +79,10 @@ def label_shares(work: SiteWork, batches: Iterator[tuple[Tensor, Tensor]]) -> Te
         values = label.reshape(-1).to("cpu", torch.int64)
         if ignored is not None:
             values = values[values != ignored]
+        if len(values) and not 0 <= int(values.min()) <= int(values.max()) < len(counts):
+            raise ValueError(
+                f"A sketch of labels needs class numbers from 0 to {len(counts) - 1}; found others."
+            )
         counts += torch.bincount(values, minlength=len(counts))
     if counts is None or not counts.sum():
         raise ValueError("A sketch of labels needs at least one label that counts.")
@@ -149,11 +154,17 @@ def folded_gradient(
     return folded / weight
 
 
-def check_sketch(tensors: Tensors, form: Form, *, who: str) -> Tensor:
+def check_sketch(tensors: Tensors, form: Form, size: int, *, who: str) -> Tensor:
     """Return what a site sent as its sketch.
 
+    Args:
+        tensors: What came; finite.
+        form: What was asked for.
+        size: Values of a gradient's sketch.
+        who: Alias of the sender.
+
     Raises:
-        PayloadError: It is none, or of another form.
+        PayloadError: It is none, of another form, or has values that its form cannot have.
     """
     if list(tensors) != [form]:
         names = [shown(name) for name in sorted(tensors)[:3]]
@@ -164,4 +175,10 @@ def check_sketch(tensors: Tensors, form: Form, *, who: str) -> Tensor:
             f"{who}: its sketch '{form}' is {sketch.dtype} of shape {tuple(sketch.shape)}; expected is a float32 vector of "
             f"at most {LARGEST} values.", site=who,
         )  # fmt: skip
+    shares = form == "labels" and (bool((sketch < 0).any()) or abs(float(sketch.sum()) - 1.0) > 1e-3)
+    if shares or (form == "gradient" and len(sketch) != size) or (form == "labels" and len(sketch) < 2):
+        expected = (
+            f"{size} values" if form == "gradient" else "the shares of two classes or more, which sum to 1"
+        )
+        raise PayloadError(f"{who}: its sketch '{form}' is to be {expected}, and is not.", site=who)
     return sketch

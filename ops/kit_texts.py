@@ -20,6 +20,7 @@ device = "auto"                          # auto, cpu, cuda, cuda:1
 [policy]                                 # decided by the hospital; the coordinator cannot change it
 methods = ["*"]                          # methods this hospital takes part in, e.g. ["fedavg", "ditto"]
 kinds = ["*"]                            # payload kinds that may leave
+sketches = ["labels"]                    # forms of data sketches that may leave: labels, features, image, gradient
 min_cases = 1                            # training cases below which nothing leaves
 max_out_mb = 0                           # most that may leave in a round; 0 no limit
 

@@ -29,7 +29,8 @@ Deviations from the paper:
   cost. Algorithm 5's communication after every inner step is not offered.
 * x is weighted by cases, as FedAvg's (the paper: 1/N). (3) weighs the sites alike, as printed.
 * The published code's network loses edges that only the higher-numbered site sees; here either direction counts.
-* A site that misses a round keeps its z in (3), unchanged by training. One that comes later begins at the mean of Z.
+* (3) is solved over the sites that answered. One that misses a round keeps its z and pulls at nobody; one that comes later
+  begins at the mean of Z.
 * Buffers (running statistics) are averaged with x.
 """
 
@@ -42,12 +43,12 @@ from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from common.data_sketch import Form, check_sketch, data_sketch
 from common.errors import ConfigError, PayloadError, TrainingError, nearest
 from common.method import (
     PERSONAL,
+    ROBUST,
     Accumulator,
     Groups,
     Method,
@@ -70,6 +71,7 @@ from common.shelf import Shelf
 AUTO = "auto"
 NAMES = "pfednet.names"
 WANTED = "pfednet.sketch"
+MOST_TOLD = 200  # edges told in a round's figures
 SKETCHING = "sketch"  # the phase in which a site makes its sketch
 MODEL = PayloadSpec("model", Kind.MODEL)
 SKETCH = PayloadSpec("sketch", Kind.DATA_SKETCH, Reduce.NONE, like_model=False, optional=True)
@@ -103,7 +105,6 @@ class PFedNetParams(MethodParams):
         default="labels", description="what the neighbours are found by: labels, features, image or gradient"
     )
     metric: Metric = Field(default="l1", description="distance of sketches: l1, l2 or cosine")
-    sketch_samples: int = Field(default=256, ge=1, description="training samples that a sketch is of")
     sketch_size: int = Field(default=256, ge=8, le=4096, description="values of a gradient's sketch")
     edges: tuple[str, ...] = Field(default=(), description="pairs of aliases, alpha:beta, for network=given")
     alternate: bool = Field(
@@ -143,8 +144,9 @@ def personal_names(personal: tuple[str, ...], model: Tensors, groups: Groups) ->
     """
     if not personal:
         return []
-    if personal == (AUTO,):
-        personal = ("decoder", "head") if groups.names.get("decoder") else ("head",)
+    if AUTO in personal:
+        usual = ("decoder", "head") if groups.names.get("decoder") else ("head",)
+        personal = (*usual, *(entry for entry in personal if entry != AUTO))
     parameters = set(groups["all"])
     return groups.select(personal, [name for name in model if name in parameters], what="pfednet.personal")
 
@@ -162,8 +164,12 @@ class PFedNetServer(ServerHalf):
         """Return the model, x and the mean of Z, and the names of the personal parameters.
 
         Raises:
-            ConfigError: Unknown groups, or an edge to a site that takes no part.
+            ConfigError: Unknown groups, an edge to a site that takes no part, or pictures of tables.
         """
+        if self.params.sketches and self.params.sketch == "image" and all(v.ndim < 4 for v in model.values()):
+            raise ConfigError(
+                "pfednet.sketch 'image' is for pictures and volumes; a table has none. Use labels, features or gradient."
+            )
         for edge in self.params.edges:
             for end in edge.split(":"):
                 if self.sites and end not in self.sites:
@@ -200,7 +206,12 @@ class PFedNetServer(ServerHalf):
                 f"{'none' if wanted else 'one'}. Let both ends run the same version.", site=reply.site,
             )  # fmt: skip
         if sketch is not None:
-            check_sketch(sketch.tensors, self.params.sketch, who=reply.site)
+            values = check_sketch(sketch.tensors, self.params.sketch, self.params.sketch_size, who=reply.site)
+            if self.params.metric == "cosine" and not bool(values.any()):
+                raise PayloadError(
+                    f"{reply.site}: its sketch is all zeros, which has no angle to the others'. Use pfednet.metric l1 or l2.",
+                    site=reply.site,
+                )
 
     def fold(self, acc: Accumulator, reply: Reply) -> Accumulator:
         """Take in one reply: its x into the mean, its z to the shelf."""
@@ -256,35 +267,27 @@ class PFedNetServer(ServerHalf):
         return graph_of(len(sites), [(place[chosen[i]], place[chosen[j]]) for i, j in found.edges])
 
     def _fused(self, state: State, acc: Accumulator) -> State:
-        """Return the state after (3): Z by site, and its mean in the model."""
+        """Return the state after (3) over the sites that answered: their new z, and the mean of all sites' in the model."""
         params: PFedNetParams = self.params
-        names, shelf = acc.extra["names"], acc.extra["shelf"]
-        before = {key.split("/")[1] for key in state.tensors if key.startswith("z/")}
-        sites = sorted(before | set(acc.sites))
-        row = {site: number for number, site in enumerate(acc.sites)}
-
-        def read(name: str) -> Tensor:
-            answered = shelf.stack(name)
-            return torch.stack(
-                [answered[row[site]] if site in row else state.tensors[f"z/{site}/{name}"] for site in sites]
-            )
-
+        names, shelf, sites = acc.extra["names"], acc.extra["shelf"], list(acc.sites)
         graph = self.graph(state, sites)
         solver = Fusion(graph, eta=params.eta, p=params.p, tolerance=1e-6)
         ends = Ends()
-        parts: Tensors = {}
-        model = state.part("model")
+        parts, model = state.part("z"), state.part("model")
+        known = sorted({key.partition("/")[0] for key in parts} | set(sites))
         for name, Z in fuse_blocks(
-            solver, names, read, params.lam if graph.edges else 0.0,
+            solver, names, shelf.stack, params.lam if graph.edges else 0.0,
             relative=params.scale == "relative", by_tensor=params.groups == "tensor", ends=ends,
         ):  # fmt: skip
-            parts |= {
-                f"{site}/{name}": cast_like(Z[number], model[name]).clone()
-                for number, site in enumerate(sites)
-            }
-            model[name] = cast_like(Z.to(torch.float64).mean(dim=0), model[name])
+            for site, value in zip(sites, Z, strict=True):
+                parts[f"{site}/{name}"] = cast_like(value, model[name]).clone()
+            stack = torch.stack([parts[f"{site}/{name}"] for site in known])
+            how = self.reduction(MODEL)
+            mean = self._robust(how, stack) if how in ROBUST else stack.to(torch.float64).mean(dim=0)
+            model[name] = cast_like(mean, model[name])
+        few = len(graph.edges) <= MOST_TOLD
         acc.extra["told"] = {
-            "edges": [[sites[i], sites[j]] for i, j in graph.edges],
+            "edges": [[sites[i], sites[j]] for i, j in graph.edges] if few else len(graph.edges),
             "lam": ends.lam,
             "distance_before": ends.distance[0],
             "distance_after": ends.distance[1],
@@ -303,40 +306,48 @@ class PFedNetServer(ServerHalf):
 
 
 class PFedNetSite(SiteHalf):
-    """Site half: trains what it received, and tells once what its data is like."""
+    """Site half: trains what it received, and tells what its data is like.
+
+    The sketch is made once, before the first round, from the run's first weights, and kept: whatever the coordinator asks
+    for later, it gets this one.
+    """
+
+    def init(self, work: SiteWork) -> State:
+        """Return the site's sketch, where the run has sketches."""
+        params: PFedNetParams = self.params
+        if not params.sketches:
+            return State()
+        work.progress(SKETCHING)
+        names = personal_names(params.personal, work.weights(), work.groups)
+        try:
+            sketch = data_sketch(params.sketch, work, size=params.sketch_size, names=names)
+        except ValueError as error:
+            raise TrainingError(
+                f"{work.ctx.site}: its sketch '{params.sketch}' cannot be made; the site's log says why. Look at its data "
+                "with `wardround site check`, or use another pfednet.sketch.", detail=str(error), site=work.ctx.site,
+            ) from error  # fmt: skip
+        return State().having("sketch", {params.sketch: sketch})
 
     def models(self, received: Payloads, state: State) -> dict[str, Tensors]:
         """Return the site's own model."""
         return {PERSONAL: received["model"].tensors}
 
     def train(self, work: SiteWork, received: Payloads, state: State) -> SiteResult:
-        """Sketch where asked, train x and z, send both."""
+        """Train x and z, send both, and the sketch where asked."""
         params: PFedNetParams = self.params
         weights = self.start(received, state)
         work.load(weights)
         names = personal_names(params.personal, weights, work.groups)
-        sketch = self._sketch(work, names) if received["model"].meta.get(WANTED, False) else []
         if params.alternate and 0 < len(names) < len(weights):
             personal = set(names)
             stats = work.fit(trainable=[name for name in weights if name not in personal])
             work.fit(stream="personal", trainable=names)
         else:
             stats = work.fit()
-        return SiteResult([Payload("model", Kind.MODEL, work.weights()), *sketch], state, work.cases, stats)
-
-    def _sketch(self, work: SiteWork, names: list[str]) -> list[Payload]:
-        params: PFedNetParams = self.params
-        work.progress(SKETCHING)
-        try:
-            sketch = data_sketch(
-                params.sketch, work, samples=params.sketch_samples, size=params.sketch_size, names=names
-            )
-        except ValueError as error:
-            raise TrainingError(
-                f"{work.ctx.site}: its sketch '{params.sketch}' cannot be made; the site's log says why. Look at its data "
-                "with `wardround site check`, or use another pfednet.sketch.", detail=str(error), site=work.ctx.site,
-            ) from error  # fmt: skip
-        return [Payload("sketch", Kind.DATA_SKETCH, {params.sketch: sketch})]
+        payloads = [Payload("model", Kind.MODEL, work.weights())]
+        if params.sketches and received["model"].meta.get(WANTED, False):
+            payloads.append(Payload("sketch", Kind.DATA_SKETCH, state.part("sketch")))
+        return SiteResult(payloads, state, work.cases, stats)
 
 
 def _names(state: State) -> list[str]:

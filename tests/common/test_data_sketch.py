@@ -19,10 +19,12 @@ class Work:
 
     def __init__(self, model: nn.Module, batches, *, kind="softmax", ignore=None, site="a") -> None:
         self.model, self.batches = model, batches
+        self.visits = sum(len(label) for _, label in batches)
         self.likelihood = OutputLoss(kind, ignore_index=ignore)
         self.ctx = RoundContext("run", 1, 3, 5, site)
 
     def samples(self, most: int):
+        assert most == self.visits  # every training case stands behind a sketch
         yield from self.batches
 
     @contextmanager
@@ -42,7 +44,7 @@ def volumes(seed=0, shape=(3, 2, 6, 9, 5), classes=3):
 
 
 def sketch(form, work, size=16, names=("weight", "bias")):
-    return data_sketch(form, work, samples=99, size=size, names=names).numpy()
+    return data_sketch(form, work, size=size, names=names).numpy()
 
 
 def test_labels_are_the_shares_of_all_classes_without_what_is_ignored():
@@ -110,10 +112,18 @@ def test_what_is_not_finite_or_no_sketch_is_refused():
     with pytest.raises(ValueError, match="not finite"):
         sketch("features", Work(nn.Linear(2, 2), bad))
     good = {"labels": torch.tensor([0.5, 0.5])}
-    assert check_sketch(good, "labels", who="a") is good["labels"]
+    assert check_sketch(good, "labels", 16, who="a") is good["labels"]
     for tensors in (
         {}, {"image": good["labels"]}, {**good, "more": good["labels"]}, {"labels": torch.ones(2, 2)},
         {"labels": torch.ones(2, dtype=torch.float64)}, {"labels": torch.ones(0)}, {"labels": torch.ones(LARGEST + 1)},
     ):  # fmt: skip
         with pytest.raises(PayloadError, match=r"^a: its sketch"):
-            check_sketch(tensors, "labels", who="a")
+            check_sketch(tensors, "labels", 16, who="a")
+    for shares in ([-0.5, 1.5], [0.4, 0.4], [1.0]):
+        with pytest.raises(PayloadError, match="which sum to 1"):
+            check_sketch({"labels": torch.tensor(shares)}, "labels", 16, who="a")
+    with pytest.raises(PayloadError, match="to be 16 values"):
+        check_sketch({"gradient": torch.ones(15)}, "gradient", 16, who="a")
+    beyond = [(volumes()[0][0], torch.full((3, 1, 6, 9, 5), 3))]
+    with pytest.raises(ValueError, match="from 0 to 2"):
+        sketch("labels", Work(nn.Conv3d(2, 3, 1), beyond))
