@@ -19,7 +19,7 @@ from experiments.lab import Job, run_jobs
 
 RESULTS = Path("build") / "experiments" / "pfl_resfim"
 SEEDS = (0, 1, 2)
-ROUNDS = {"vessels": 15, "brain": 8}
+ROUNDS = {"vessels": 10, "brain": 8}
 SWEEP_ROUNDS = {"vessels": 8, "brain": 8}
 
 # What a table calls it, the registered method, and its settings.
