@@ -369,7 +369,7 @@ def test_a_tensor_coded_and_as_it_is_is_refused():
 
 def test_down_comes_only_what_cannot_ask_for_much_memory():
     with pytest.raises(PayloadError, match="coded as 'piecewise-ternary', which does not come down"):
-        received(coming("cer-stc"))
+        received({"model": Coded("model", Kind.MODEL, codec="piecewise-ternary", data=b"")})
     with pytest.raises(PayloadError, match="coordinator: payload 'model': Codec 'bf16'"):
         received({"model": Coded("model", Kind.MODEL, codec="bf16", data=b"nothing")})
     both = Coded(

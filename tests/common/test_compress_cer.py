@@ -33,6 +33,8 @@ from tests.common.test_compress import (
     travel,
 )
 
+pytestmark = pytest.mark.slow  # compiles CER's kernels
+
 FORMS = {"cer": "piecewise", "cer-bf16": "piecewise-bf16", "cer-stc": "piecewise-ternary"}
 KINDS = tuple(FORMS)
 

@@ -10,6 +10,8 @@ from experiments import lab
 from experiments.pfl_resfim import study, tables
 from tests.harness import Federation, table_config
 
+pytestmark = pytest.mark.slow  # runs federations, draws plots
+
 ALIASES = ("alpha", "beta", "gamma")
 
 

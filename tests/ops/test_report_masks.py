@@ -18,6 +18,8 @@ from ops.story_reader import read_story
 from tests.ops.sample_events import START, Sample
 from tests.ops.test_report import EVIL, Page
 
+pytestmark = pytest.mark.slow  # draws pages
+
 SITES = ("hospital-1", "hospital-2", "hospital-3")
 SHAPES = {
     "encoder.0.conv.weight": 432,
