@@ -9,7 +9,7 @@ is a parameter:
     A_k = mean |FFT(x)| / N in a low window, sent once by site k                           (FedDG, Liu et al., CVPR 2021)
     x→k = x with the amplitudes (1 − λ) A + λ A_k in the window, its own phase             (FDA, Yang and Soatto, CVPR 2020)
     F_i(D)_j = mean_n (∂ log p(y_n | x_n, θ_i) / ∂θ_j)²                                    (diagonal empirical Fisher)
-    R_ij = mean_{k≠i} | F_i(D→k)_j − F_i(D)_j |, normalised by tensor                      (FedDPA, Yang et al., NeurIPS 2023)
+    R_ij = mean_{k≠i} | F_i(D→k)_j − F_i(D)_j |, ranked among all parameters (FedDPA, Yang et al., NeurIPS 2023: by tensor)
     M_ij = 0 for the ρ parameters with the largest R_i, the sensitive ones; 1 for the invariant others
     θ̄_j = Σ_c n_c M_cj θ_cj / Σ_c n_c M_cj,      θ_ij ← M_ij θ̄_j + (1 − M_ij) θ_ij
 
@@ -110,7 +110,7 @@ class ResFIMParams(MethodParams):
     )
     over_sites: Literal["mean", "max"] = Field(default="mean", description="residuals over the other sites")
     normalise: Literal["tensor", "global"] = Field(
-        default="tensor", description="residuals to 0-1 in each tensor, or by rank among all parameters"
+        default="global", description="residuals to 0-1 in each tensor, or by rank among all parameters"
     )
     smoothing: float = Field(
         default=0.0, ge=0, lt=1, description="weight of the earlier rounds' residuals; 0 is none"
