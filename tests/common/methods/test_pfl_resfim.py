@@ -270,7 +270,7 @@ CHOICES = [
     {"residual": "relative"},
     {"over_sites": "max"},
     {"smoothing": 0.5},
-    {"normalise": "global"},
+    {"normalise": "tensor"},
     {"samples": 4},
     {"aggregate": "intersection"},
 ]
