@@ -22,6 +22,7 @@ from ops import report_view as view
 from ops import words
 from ops.plots import COLOURS, charts, site_mark
 from ops.plots_masks import mask_charts
+from ops.plots_network import network_charts
 from ops.plots_strip import strip
 from ops.report_against import beside, read_others
 from ops.story import Story
@@ -100,6 +101,7 @@ def context(story: Story, folder: Path, others: Sequence[Story] = ()) -> dict[st
         "cards": view.cards(story),
         "charts": charts(story),
         "masks": mask_charts(story),
+        "network": network_charts(story),
         "beside": beside(story, others),
         "others": [other.run for other in others],
         "results": view.result_tables(story),

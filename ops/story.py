@@ -18,6 +18,7 @@ from ops.story_parts import (
     Figures,
     Joined,
     Masks,
+    Network,
     Notice,
     Process,
     RefusedCheckpoint,
@@ -39,8 +40,8 @@ VALIDATION, TEST = "validation", "test"
 LOWER_IS_BETTER = frozenset({"hd95", "assd", "loss", "brier", "ece", "nll", "mae", "mse", "rmse"})
 
 __all__ = [
-    "NO_REASON", "Activity", "Attempt", "Failure", "Figures", "Joined", "Masks", "Notice", "Process", "RefusedCheckpoint",
-    "Restart", "Resume", "Round", "SavedModel", "Site", "SiteRound", "Story", "Transport", "Verdict", "Witness",
+    "NO_REASON", "Activity", "Attempt", "Failure", "Figures", "Joined", "Masks", "Network", "Notice", "Process",
+    "RefusedCheckpoint", "Restart", "Resume", "Round", "SavedModel", "Site", "SiteRound", "Story", "Transport", "Verdict", "Witness",
 ]  # fmt: skip
 
 
@@ -160,6 +161,11 @@ class Story:
     def masks(self) -> dict[int, Masks]:
         """What was told of the sites' masks, by round; empty where the method has none."""
         return {item.number: item.masks for item in self.training if item.masks is not None}
+
+    @property
+    def networks(self) -> dict[int, Network]:
+        """What was told of the network between sites, by round; empty where the method has none."""
+        return {item.number: item.network for item in self.training if item.network is not None}
 
     @property
     def current(self) -> Round | None:

@@ -29,6 +29,7 @@ from ops.story_fields import (
     text,
 )
 from ops.story_masks import masks_of
+from ops.story_network import network_of
 
 _MOST_RETRIES = 1_000_000
 _LEDGER = re.compile(r"(\d{1,15}):([0-9a-f]{64})")
@@ -210,9 +211,11 @@ def _styles_saved(story: Story, event: Event) -> None:
 
 
 def _method_figures(story: Story, event: Event) -> None:
-    masks = masks_of(event.get("figures"))
-    if masks is not None and (item := round_of(story, event)) is not None:
-        item.masks = masks
+    masks, network = masks_of(event.get("figures")), network_of(event.get("figures"))
+    if (masks is None and network is None) or (item := round_of(story, event)) is None:
+        return
+    item.masks = item.masks if masks is None else masks
+    item.network = item.network if network is None else network
 
 
 def _warning(story: Story, event: Event) -> None:

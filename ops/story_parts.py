@@ -112,6 +112,28 @@ class Masks:
     sites_left_out: int = 0
 
 
+@dataclass(frozen=True)
+class Network:
+    """Which sites a round joined, and how far their own parts are apart (common/methods/pfednet.py).
+
+    Attributes:
+        edges: Pairs of aliases; None where they were too many to be told.
+        count: How many pairs.
+        lam: The λ that was used, absolute.
+        before, after: Mean ‖z_i - z_j‖₂ over the edges, before and after the fusion step.
+        iterations: Of the solver.
+        converged: The solver ended within its tolerance.
+    """
+
+    edges: list[tuple[str, str]] | None
+    count: int
+    lam: float | None
+    before: float | None
+    after: float | None
+    iterations: int
+    converged: bool
+
+
 @dataclass
 class Round:
     """One cycle of the run.
@@ -125,6 +147,7 @@ class Round:
         ended: The server told its end.
         seconds, slowest, overhead, loss: As the server told them.
         masks: What the method told of the sites' masks.
+        network: What it told of the network between them.
     """
 
     number: int
@@ -143,6 +166,7 @@ class Round:
     cases: dict[str, int] = field(default_factory=dict)
     sites: dict[str, SiteRound] = field(default_factory=dict)
     masks: Masks | None = None
+    network: Network | None = None
 
     def site(self, alias: str) -> SiteRound:
         """Return what is known of a site, making room for it."""

@@ -287,6 +287,7 @@ class PFedNetServer(ServerHalf):
             model[name] = cast_like(mean, model[name])
         few = len(graph.edges) <= MOST_TOLD
         acc.extra["told"] = {
+            "kind": "similarity-network",
             "edges": [[sites[i], sites[j]] for i, j in graph.edges] if few else len(graph.edges),
             "lam": ends.lam,
             "distance_before": ends.distance[0],
@@ -298,7 +299,7 @@ class PFedNetServer(ServerHalf):
 
     def figures(self, state: State, acc: Accumulator, ctx: RoundContext) -> dict[str, Any]:
         """Return the network, the λ used, and how far apart neighbours were before and after (3)."""
-        return dict(acc.extra.get("told", {}))
+        return dict(acc.extra.get("told", {})) if self.params.fuses else {}
 
     def _wanted(self, state: State, site: str, ctx: RoundContext) -> bool:
         """Tell whether a site is to send its sketch: until one has arrived."""
