@@ -170,7 +170,7 @@ def sweep_table(results: Results) -> str:
     rows = []
     for name, values in SWEEP.items():
         for value in values:
-            shown = f"{value} (default)" if value == BASE[name] else value
+            shown = f"{value} (base)" if value == BASE[name] else value
             row = [name, shown]
             for task in TASKS:
                 runs = sweep_runs(results, task, name, value)

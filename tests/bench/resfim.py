@@ -1,6 +1,6 @@
 """What pFL-ResFIM's mask costs: measurement, spectral transfer and bytes, on the trial's own 3D network and data.
 
-    .venv/bin/python -m tests.bench.resfim [--data DATA] [--patches 4,11] [--samples 16,32,64] [--repeats 5]
+    .venv/bin/python -m tests.bench.resfim [--data DATA] [--patches 4,11] [--samples 0,16,32,64] [--repeats 5]
 
 In one run, in CPU seconds of one thread; medians over repetitions in which everything takes turns:
 
@@ -51,7 +51,7 @@ from common.numerics.diagonal_fisher import Likelihood, Way, diagonal_fisher
 from common.numerics.rng import generator
 from common.numerics.spectrum import Window, style_of, transfer, window
 from common.payload import Kind, Payload, Tensors
-from common.sensitivity import Measurement, measure_style
+from common.sensitivity import LEAST, MOST, Measurement, measure_style
 from common.tasks import get_task
 from common.wire import encode_payload
 from tests.bench.environment import write
@@ -180,7 +180,8 @@ def timings(hospitals: list[Hospital], counts: list[int], repeats: int) -> list[
     rows: list[dict[str, Any]] = []
     for one in hospitals:
         visits = one.trainer.visits
-        sizes = sorted({min(count, visits) for count in counts})
+        fitted = max(LEAST, min(MOST, visits // (1 + len(one.others))))  # what the method takes by default
+        sizes = sorted({min(count or fitted, visits) for count in counts})
         rows.append(
             {"patches_per_case": one.patches, "samples_of_an_epoch": visits, "style": one.style_seconds,
              "epoch": [], "mask": {size: [] for size in sizes}, "parts": []}
@@ -323,7 +324,11 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--data", type=Path, help="data root of a default trial; without it one is made")
     parser.add_argument("--patches", default="4,11", help="patches a case in an epoch, several with commas")
-    parser.add_argument("--samples", default="16,32,64", help="samples of a measurement, several with commas")
+    parser.add_argument(
+        "--samples",
+        default="0,16,32,64",
+        help="samples of a measurement, several with commas; 0: the method's default",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

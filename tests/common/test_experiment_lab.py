@@ -198,7 +198,7 @@ def test_tables_of_three_hand_made_results(three):
     assert {line(vessels, f"| {label} ")[1] for label in study.METHODS} == {"0"}
     swept = tables.sweep_table(three)
     assert line(swept, "| rho | 0.4") == ["rho", "0.4", "1", "0.700", "1.500", "0", "-", "-"]
-    assert line(swept, "| rho | 0.2 (default)")[2:4] == ["0", "-"]
+    assert line(swept, "| rho | 0.2 (base)")[2:4] == ["0", "-"]
     # beside the sweep stand methods with its seeds alone
     assert line(swept, "| FedAvg")[2:4] == ["1", "0.500"]
     assert line(swept, "| local only")[2:4] == ["0", "-"]
