@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
-.PHONY: help venv trial simulate test test-fast slow e2e faults soak bench check format proto clean
+.PHONY: help venv trial simulate test test-fast slow e2e docker-test images docker-trial faults soak bench check format proto clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -21,7 +21,7 @@ $(READY): constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"wardround needs Python 3.11 or 3.12, this is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[simulation,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[trial,simulation,dev]'
 	$(BIN)/python -m compileall -q common server client ops
 	touch $(READY)
 
@@ -41,6 +41,18 @@ slow: $(READY)  ## whole federations in one process: what every method must do, 
 
 e2e: $(READY)  ## real SuperLink, SuperNodes, relays and workers
 	$(PYTEST) -q -m "e2e and not faults and not gpu and not docker" $(ARGS)
+
+images:  ## build the container images (server, site-net, worker)
+	docker compose build superlink site-net-1 worker-1
+
+docker-trial:  ## the trial in containers (WARDROUND_METHOD=ditto WARDROUND_RUN=name make docker-trial); results in runs/
+	code=0; docker compose run --rm trial || code=$$?; \
+	if [ $$code -ne 0 ]; then docker compose logs --tail 5 prepare register; fi; \
+	mkdir -p runs; docker compose cp serverapp:/runs/. runs || true; docker compose stop; exit $$code
+
+# Without an engine of its own, the test starts one by the script that WARDROUND_ENGINE_SCRIPT names, or says that it was skipped.
+docker-test: $(READY)  ## build the images, run trials in containers, break them (20 minutes)
+	$(PYTEST) -q -m docker tests/docker $(ARGS)
 
 faults: $(READY)  ## break a running federation in every way (half an hour); writes build/faults/, updates docs/reliability.md
 	rm -f build/faults/results.jsonl

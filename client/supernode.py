@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import os
 import sys
 import threading
 import time
@@ -33,6 +34,9 @@ QUIET_BYTES = 16 * 1024
 REACTIVATE_SECONDS = 90.0
 REACTIVATE_PAUSE = 2.0
 """Flower counts a killed SuperNode as present until two heartbeats of 30 s are missed, and refuses its return so long."""
+
+END_SECONDS = 10.0
+"""How long the process may take to end once Flower has left."""
 
 ACTIVATE = "/flwr.proto.Fleet/ActivateNode"
 
@@ -170,8 +174,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings += flower_fast.add_fleet_interceptors(admission, TransportInterceptor(counter), counter.watch)
     for warning in warnings:
         _say(f"warning: {warning}")
+    reporter: Reporter | None = None
     if ours.wardround_events is not None:
-        Reporter(counter, EventLog(ours.wardround_events, "supernode", site=ours.wardround_site)).start()
+        log = EventLog(ours.wardround_events, "supernode", site=ours.wardround_site)
+        reporter = Reporter(counter, log)
+        reporter.start()
     from flwr.supernode.cli import flower_supernode
 
     sys.argv = ["flower-supernode", *flowers]
@@ -184,10 +191,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ):  # Flower logs why, or does not, and falls over its own generator
         if admission.refusal is None:
             raise
+    finally:
+        if reporter is not None:
+            reporter.stop()
+        threading.Thread(target=_end_hard, daemon=True, name="end").start()
     if admission.refusal is not None:
         _say(f"detail: {admission.refusal.detail}")
         print(f"{VERDICT}{admission.refusal}", file=sys.stderr, flush=True)  # noqa: T201 what a supervisor may quote
         sys.exit(admission.refusal.exit_code)
+
+
+def _end_hard() -> None:
+    """End the process if it does not end by itself: one that Flower gave up can wait for its own threads for ever.
+
+    Seen when a coordinator forgets its sites (Flower interrupts itself while it disconnects). What supervises this
+    process would see one that runs and never asks for work again.
+    """
+    time.sleep(END_SECONDS)
+    _say("its threads did not end; ending the process")
+    os._exit(ProcessError.exit_code)
 
 
 def _say(text: str) -> None:

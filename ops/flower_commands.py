@@ -45,14 +45,23 @@ def loopback_addresses() -> Addresses:
     return Addresses(*(f"{LOOPBACK}:{port}" for port in free_ports(3)))
 
 
-def superlink(addresses: Addresses, pki: TrialPki, folder: Path, *, database: Path | None = None) -> Process:
+def superlink(
+    addresses: Addresses,
+    pki: TrialPki,
+    folder: Path,
+    *,
+    database: Path | None = None,
+    appio_tls: bool = False,
+) -> Process:
     """Return the SuperLink: Fleet port for the sites, Control and ServerAppIo for this machine.
 
     Args:
-        addresses: Where it listens. pki: The coordinator's certificate, key and app secret. folder: Gets
-        its Flower home and its log. database: SQLite file that survives a restart; none keeps everything in
-        memory, which is faster and has
+        addresses: Where it listens.
+        pki: The coordinator's certificate, key and app secret.
+        folder: Gets its Flower home and its log.
+        database: SQLite file that survives a restart; none keeps everything in memory, which is faster and has
             no limit of its own on the size of a message.
+        appio_tls: ServerAppIo speaks TLS, for a ServerApp that does not share this machine's loopback.
 
     Raises:
         ProcessError: Flower is not installed beside this Python.
@@ -68,12 +77,20 @@ def superlink(addresses: Addresses, pki: TrialPki, folder: Path, *, database: Pa
         *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
         *("--database", str(database) if database is not None else IN_MEMORY),
     ]
+    if appio_tls:
+        argv += ["--appio-ssl-ca-certfile", str(pki.ca), "--appio-ssl-certfile", str(pki.server_cert)]
+        argv += ["--appio-ssl-keyfile", str(pki.server_key)]
     # Flower logs every question of every site; the last lines of its log are for what went wrong.
     return _process("superlink", argv, folder, env={"FLWR_LOG_LEVEL": "WARNING"})
 
 
 def server_superexec(
-    addresses: Addresses, pki: TrialPki, folder: Path, *, env: Mapping[str, str] | None = None
+    addresses: Addresses,
+    pki: TrialPki,
+    folder: Path,
+    *,
+    env: Mapping[str, str] | None = None,
+    appio_tls: bool = False,
 ) -> Process:
     """Return the launcher of the ServerApp at the coordinator.
 
@@ -82,11 +99,13 @@ def server_superexec(
         pki: Has the secret shared with the SuperLink.
         folder: Gets its Flower home and its log, which is the ServerApp's, too.
         env: Variables for it and the ServerApp it starts.
+        appio_tls: The SuperLink's ServerAppIo speaks TLS; its authority is that of `pki`.
 
     Raises:
         ProcessError: Flower is not installed beside this Python.
     """
-    argv = _superexec("serverapp", addresses.serverappio, pki.server_secret)
+    ca = pki.ca if appio_tls else None
+    argv = _superexec("serverapp", addresses.serverappio, pki.server_secret, ca)
     return _process("serverapp", argv, folder, env=env)
 
 
@@ -214,16 +233,13 @@ def _process(
     return Process(name, argv, folder / f"{name}.log", env=variables, site=site)
 
 
-def _superexec(plugin: str, appio: str, secret: Path) -> list[str]:
+def _superexec(plugin: str, appio: str, secret: Path, ca: Path | None = None) -> list[str]:
+    # Without TLS it is for loopback only; both ways every call is signed with the secret.
+    safety = ["--insecure"] if ca is None else ["--root-certificates", str(ca)]
     return [
         _program("flower-superexec"),
-        *(
-            "--insecure",
-            "--plugin-type",
-            plugin,
-            "--appio-api-address",
-            appio,
-        ),  # loopback, signed with the secret
+        *safety,
+        *("--plugin-type", plugin, "--appio-api-address", appio),
         *("--superexec-auth-secret-file", str(secret)),
     ]
 

@@ -13,7 +13,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from client.data.check import check_site
 from client.site_config import Compute, SiteConfig, read_site_config, write_site_config
 from common.errors import DataError, WardroundError
 from common.events import EventLog
@@ -77,6 +76,8 @@ def check_sites(plan: Plan, events: EventLog, console: Console) -> None:
         DataError: Problems in a site's cases, each with its alias.
         MismatchError: A site's channels, labels or spacing do not fit the run.
     """
+    from client.data.check import check_site  # the readers of volumes: a coordinator without data has none
+
     events.emit("trial.phase", phase="check")
     with progress_bar(console) as bar:
         task = bar.add_task("checking the sites' data", total=len(plan.sites))

@@ -1,0 +1,1 @@
+"""What runs in the images of docker/Dockerfile: one module for each container of compose.yaml."""
