@@ -33,6 +33,8 @@ METHODS = {
     "pFL-ResFIM": ("pfl-resfim", ()),
 }
 
+RANDOM = "random masks"  # random_masks.py; a row of the tables, not a method that a run can name
+
 # One parameter at a time; the first of each is the value the sweep stands on.
 BASE = {"rho": "0.2", "beta": "0.01", "residual": "absolute", "normalise": "tensor", "reference": "real"}
 SWEEP = {

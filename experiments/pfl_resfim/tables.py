@@ -23,9 +23,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from experiments.fipa.plots import COLOURS, panels, save, tidy
 from experiments.lab import console, overall, read_results, validation
-from experiments.pfl_resfim.study import BASE, METHODS, RESULTS, SWEEP
+from experiments.pfl_resfim.study import BASE, METHODS, RANDOM, RESULTS, SWEEP
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -134,7 +136,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def method_table(results: Results, task: str) -> str:
     """Return the comparison of the methods on one task's test cases, with a title."""
-    by_label = {label: method_runs(results, task, label) for label in METHODS}
+    by_label = {label: method_runs(results, task, label) for label in (*METHODS, RANDOM)}
     every = [run for runs in by_label.values() for run in runs]
     sites = sites_of(every)
     rows = []
@@ -215,6 +217,10 @@ def sweep_plot(results: Results, path: Path) -> None:
                 one.set_ylabel(f"{figure_name(of_task(results, task))}, validation", fontsize=8)
             one.set_title(f"{task}: {name}", fontsize=9)
             finish(one, legend=not place)
+        heights = [float(y) for one in row for line in one.lines for y in np.asarray(line.get_ydata(), float)]
+        if heights:  # shared axes keep the first panel's limits
+            margin = 0.06 * (max(heights) - min(heights)) or 0.01
+            row[0].set_ylim(min(heights) - margin, max(heights) + margin)
     save(figure, path)
 
 
