@@ -246,8 +246,10 @@ def test_a_run_without_its_quorum_ends_by_name(federation):
         return None if site in ("alpha", "beta") and number == 2 else parts
 
     loop = federation.start(
-        config("fedavg", quorum=0.5, deadline=0.5), link=MemoryLink(federation.open_sites(), tamper=lose)
+        config("fedavg", quorum=0.5, deadline=1.5), link=MemoryLink(federation.open_sites(), tamper=lose)
     )
     loop.state = loop.round(1)
-    with pytest.raises(QuorumError, match=r"Round 2: 1 sites contributed, 2 are needed.*alpha.*beta"):
+    with pytest.raises(QuorumError, match="Round 2: 1 sites contributed, 2 are needed") as caught:
         loop.round(2)
+    assert "alpha" in str(caught.value)  # in whatever order a busy machine finds them missing
+    assert "beta" in str(caught.value)
