@@ -19,6 +19,7 @@ import datetime
 import io
 import json
 import os
+import secrets
 import shutil
 import stat
 import tarfile
@@ -72,6 +73,7 @@ class KitList(Strict):
         keys: "site": the site makes its own key; "central": the kit holds one.
         server: HOST:PORT to be called.
         names: All names and addresses of the coordinator's certificate that sites may use.
+        serial: Drawn at random, so that a kit made anew is another one, also within a second.
         created: When it was made.
         expires: When the authority's certificate ends, and the kit with it.
         authority: SHA-256 of the authority's certificate (DER).
@@ -85,6 +87,7 @@ class KitList(Strict):
     keys: Keys
     server: str
     names: tuple[str, ...] = Field(min_length=1)
+    serial: str = Field(default_factory=lambda: secrets.token_hex(8), pattern=r"^[0-9a-f]{16}$")
     created: AwareDatetime
     expires: AwareDatetime
     authority: str
