@@ -338,8 +338,8 @@ class PFedNetSite(SiteHalf):
         params: PFedNetParams = self.params
         weights = self.start(received, state)
         work.load(weights)
-        names = personal_names(params.personal, weights, work.groups)
-        if params.alternate and 0 < len(names) < len(weights):
+        names = personal_names(params.personal, weights, work.groups) if params.alternate else []
+        if 0 < len(names) < len(weights):
             personal = set(names)
             stats = work.fit(trainable=[name for name in weights if name not in personal])
             work.fit(stream="personal", trainable=names)

@@ -117,9 +117,11 @@ def test_a_message_above_the_limit_is_refused_at_once_and_does_not_count(make):
 
 
 def test_without_a_limit_everything_comes_in(make):
-    border = make()
+    border, parts = make(), question()
+    size = sum(map(len, parts.values()))
     for _ in range(10):
         border.receive(question())
+    assert border.ledger.bytes_in("run-1", 1, "in") == 10 * size
 
 
 def test_headers_count_among_the_bytes_that_come_in(make):
@@ -283,6 +285,7 @@ def test_what_came_in_does_not_use_up_what_may_leave(make):
     for _ in range(5):
         border.receive(question())
     release(border, answer())
+    assert border.ledger.bytes_in("run-1", 1, "out") == size
 
 
 @pytest.mark.parametrize("phase", [HELLO, CLOSING])
