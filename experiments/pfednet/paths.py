@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from experiments.fipa.plots import COLOURS, panels, save
 from experiments.lab import Job, run_job
 from experiments.pfednet.study import ROUNDS
-from experiments.pfl_resfim.tables import finish
+from experiments.tables import finish
 
 LAMS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85, 1.0)
 

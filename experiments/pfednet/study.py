@@ -84,7 +84,7 @@ def lam_jobs(task: str, data: Path) -> list[Job]:
     """Return the runs over λ, and over what else shapes the network at the default λ."""
     seeds = SEEDS[:1] if task == "hippocampus" else SEEDS
     lams = LAMS if task == "heart" else LAMS[::2]
-    points = {f"lam={lam}": (f"lam={lam}",) for lam in lams}
+    points: dict[str, tuple[str, ...]] = {f"lam={lam}": (f"lam={lam}",) for lam in lams}
     points |= NETWORKS if task == "heart" else {}
     return [
         Job(

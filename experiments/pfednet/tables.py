@@ -13,15 +13,14 @@ Reads what `study` has written so far; what is not there yet is a dash. Writes t
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
 
 from experiments.fipa.plots import COLOURS, panels, save
-from experiments.lab import console, overall, read_results, validation
+from experiments.lab import overall, validation
 from experiments.pfednet.study import CODECS, LAMS, METHODS, NETWORKS, RESULTS, ROUNDS
-from experiments.pfl_resfim.tables import (
+from experiments.tables import (
     MISSING,
     Result,
     Results,
@@ -34,6 +33,7 @@ from experiments.pfl_resfim.tables import (
     sent,
     sites_of,
     spread,
+    tables_command,
 )
 
 SERIES = {"raw": COLOURS[6], "stc": COLOURS[0], "cer": COLOURS[1], "cer+stc": COLOURS[2]}
@@ -175,16 +175,7 @@ def write_tables(results: Results, out: Path) -> str:
 
 def main(argv: list[str]) -> None:
     """Write tables and plots of what is finished."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the study's results")
-    parser.add_argument("--out", type=Path, help="folder of tables and plots; by default under the results")
-    options = parser.parse_args(argv)
-    results = read_results(options.results)
-    if not results:
-        parser.error("the folder holds no result; run experiments.pfednet.study first, or give --results")
-    console.out(write_tables(results, options.out or options.results / "tables"), highlight=False)
+    tables_command(argv, __doc__, RESULTS, write_tables, "experiments.pfednet.study")
 
 
 if __name__ == "__main__":
