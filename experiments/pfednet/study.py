@@ -43,14 +43,16 @@ NETWORKS = {
     "p=inf": ("p=inf", "groups=tensor"),
     "alternate": ("alternate=true",),
 }
+GAMMAS = ("0.001", "0.01")
 CODECS = {
     "raw": (),
     **{f"stc p={p}": ("uplink-codec=stc", f"uplink-p={p}") for p in ("0.1", "0.01")},
-    **{f"cer γ={g}": ("uplink-codec=cer", f"gamma={g}") for g in ("0.0001", "0.001")},
+    **{f"cer γ={g}": ("uplink-codec=cer", f"gamma={g}") for g in GAMMAS},
+    "cer γ=0.01 falling": ("uplink-codec=cer", "gamma=0.01", "gamma-schedule=linear"),
     **{
         f"cer+stc γ={g} p={p}": ("uplink-codec=cer-stc", f"gamma={g}", f"uplink-p={p}")
         for p in ("0.1", "0.01")
-        for g in ("0.0001", "0.001")
+        for g in GAMMAS
     },
 }
 
