@@ -15,9 +15,10 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 
@@ -35,8 +36,8 @@ REACTIVATE_SECONDS = 90.0
 REACTIVATE_PAUSE = 2.0
 """Flower counts a killed SuperNode as present until two heartbeats of 30 s are missed, and refuses its return so long."""
 
-END_SECONDS = 10.0
-"""How long the process may take to end once Flower has left."""
+INTERRUPTED = 130
+"""Exit code of a SuperNode that was interrupted, also by Flower itself."""
 
 ACTIVATE = "/flwr.proto.Fleet/ActivateNode"
 
@@ -163,8 +164,31 @@ class Reporter:
             self.write()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the SuperNode from the command line."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the SuperNode from the command line, and end the process once Flower has left it.
+
+    It never waits for threads or for the interpreter to tear itself down: a SuperNode that Flower interrupts while it
+    disconnects (a coordinator that forgot its sites) was seen to hang there for ever, alive for what supervises it.
+    """
+    try:
+        code = _run(arguments)
+    except KeyboardInterrupt:  # Flower interrupts itself when the coordinator does not know the node any more
+        _say("interrupted")
+        code = INTERRUPTED
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            _say(end.code)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Run Flower's SuperNode with what is ours; return the exit code of a coordinator's refusal, else 0."""
     parser = argparse.ArgumentParser(prog="python -m client.supernode", add_help=False, allow_abbrev=False)
     parser.add_argument("--wardround-site", default="")
     parser.add_argument("--wardround-events", type=Path, default=None)
@@ -194,22 +218,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         if reporter is not None:
             reporter.stop()
-        threading.Thread(target=_end_hard, daemon=True, name="end").start()
-    if admission.refusal is not None:
-        _say(f"detail: {admission.refusal.detail}")
-        print(f"{VERDICT}{admission.refusal}", file=sys.stderr, flush=True)  # noqa: T201 what a supervisor may quote
-        sys.exit(admission.refusal.exit_code)
-
-
-def _end_hard() -> None:
-    """End the process if it does not end by itself: one that Flower gave up can wait for its own threads for ever.
-
-    Seen when a coordinator forgets its sites (Flower interrupts itself while it disconnects). What supervises this
-    process would see one that runs and never asks for work again.
-    """
-    time.sleep(END_SECONDS)
-    _say("its threads did not end; ending the process")
-    os._exit(ProcessError.exit_code)
+    if admission.refusal is None:
+        return 0
+    _say(f"detail: {admission.refusal.detail}")
+    print(f"{VERDICT}{admission.refusal}", file=sys.stderr, flush=True)  # noqa: T201 what a supervisor may quote
+    return admission.refusal.exit_code
 
 
 def _say(text: str) -> None:
