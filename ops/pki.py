@@ -142,7 +142,7 @@ def check_site_key(private: Path, public: Path | None = None, *, site: str = "")
     who = f"Site {site}: the private key" if site else "The site's private key"
     try:
         loaded = serialization.load_ssh_private_key(_read(private, who), None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, NotImplementedError) as error:
         reason = "is protected by a passphrase" if "assw" in str(error) else "is not an OpenSSH private key"
         raise CredentialError(
             f"{who} {reason}: make one with `ssh-keygen -t ecdsa -b 384 -N ''`.",
@@ -190,7 +190,7 @@ def parse_public_key(line: bytes, *, site: str = "", detail: str = "") -> ec.Ell
     who = f"Site {site}: the public key" if site else "The site's public key"
     try:
         loaded = serialization.load_ssh_public_key(line)
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except (ValueError, UnsupportedAlgorithm, NotImplementedError) as error:  # the last: a compressed point
         raise CredentialError(
             f"{who} is not an OpenSSH public key.", detail=f"{detail}: {error}", site=site
         ) from error

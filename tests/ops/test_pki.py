@@ -155,6 +155,15 @@ def passphrase_key():
     return b"-----BEGIN OPENSSH PRIVATE KEY-----\n" + body + b"-----END OPENSSH PRIVATE KEY-----\n"
 
 
+def test_a_public_key_with_a_compressed_point_is_refused_by_name(made):
+    kind, body, *_ = made.site_public["oak"].read_bytes().split()
+    blob = bytearray(base64.b64decode(body))
+    assert blob[-97] == 4  # an uncompressed point; 02 and 03 begin the compressed ones
+    blob[-97] = 2
+    with pytest.raises(CredentialError, match="not an OpenSSH public key"):
+        pki.parse_public_key(kind + b" " + base64.b64encode(bytes(blob)), site="oak")
+
+
 def test_site_keys_that_flower_would_refuse(made, tmp_path):
     form = (serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH)
     curve25519, locked = tmp_path / "ed", tmp_path / "locked"
