@@ -5,6 +5,7 @@
     SHA256SUMS    the same checksums, and those of the two above, for `sha256sum -c`
     ca.crt        the authority that signs the coordinator's certificate
     site.toml     template of the hospital's own configuration
+    compose.yaml  the hospital's two containers; compose.gpu.yaml adds a GPU
     README.md     the next steps
     private/      only if the project makes the keys (keys = "central"): key, key.pub, secret
 
@@ -16,16 +17,13 @@ by telephone.
 from __future__ import annotations
 
 import datetime
-import io
 import json
 import os
 import secrets
 import shutil
 import stat
-import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from gzip import GzipFile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +35,7 @@ from pydantic import AwareDatetime, Field
 
 from common.config import Strict, checked
 from common.errors import ConfigError, CredentialError, MismatchError
+from ops.kit_pack import pack
 from ops.pki import ALIAS, check_site_key
 from ops.pki_issue import Authority
 from ops.provision_files import (
@@ -52,7 +51,8 @@ from ops.provision_files import (
 
 SCHEMA = 1
 LIST, SIGNATURE, SUMS, CA = "kit.json", "kit.sig", "SHA256SUMS", "ca.crt"
-PUBLIC_FILES = (CA, "README.md", "site.toml")
+COMPOSE, COMPOSE_GPU = "compose.yaml", "compose.gpu.yaml"
+PUBLIC_FILES = (CA, "README.md", COMPOSE_GPU, COMPOSE, "site.toml")
 KEY, PUBLIC_KEY, SECRET = "private/key", "private/key.pub", "private/secret"
 PRIVATE_FILES = (KEY, PUBLIC_KEY, SECRET)
 SLACK = datetime.timedelta(days=1)  # by which a hospital's clock may be behind
@@ -156,29 +156,6 @@ def packed(folder: Path) -> Path:
     return folder.with_name(folder.name + ".tar.gz")
 
 
-def pack(name: str, files: Mapping[str, bytes], moment: datetime.datetime) -> bytes:
-    """Return a .tar.gz of one folder: same files, same bytes; private modes, no owner's name.
-
-    Args:
-        name: The folder's.
-        files: Bytes by relative name.
-        moment: Time of every entry.
-    """
-    stamp, buffer = int(moment.timestamp()), io.BytesIO()
-    with (
-        GzipFile(filename="", fileobj=buffer, mode="wb", mtime=stamp) as zipped,
-        tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as tar,
-    ):
-        folders = {name, *(f"{name}/{Path(file).parent}" for file in files if "/" in file)}
-        for folder in sorted(folders):
-            tar.addfile(_entry(folder, stamp, tarfile.DIRTYPE, 0o700))
-        for file in sorted(files):
-            entry = _entry(f"{name}/{file}", stamp, tarfile.REGTYPE, 0o600)
-            entry.size = len(files[file])
-            tar.addfile(entry, io.BytesIO(files[file]))
-    return buffer.getvalue()
-
-
 def verify_kit(
     folder: Path,
     *,
@@ -225,6 +202,16 @@ def verify_kit(
     if kit.keys == "central":
         _check_private(folder, kit)
     return Kit(folder, kit, sha256(listed))
+
+
+def read_list(folder: Path) -> KitList:
+    """Return what a kit's list says, without any check of the kit: enough to stop what was started with it.
+
+    Raises:
+        CredentialError: No list, or a damaged one.
+        MismatchError: Made for another version of the form.
+    """
+    return _parsed(read_limited(folder / LIST, "The kit's list (kit.json)"))
 
 
 def check_server(kit: KitList, server: str) -> None:
@@ -300,7 +287,14 @@ def _parsed(listed: bytes) -> KitList:
 
 
 def _check_names(folder: Path, found: Mapping[str, int], expected: set[str], kit: KitList) -> None:
-    if set(kit.files) != expected - {LIST, SIGNATURE, SUMS}:
+    wanted = expected - {LIST, SIGNATURE, SUMS}
+    unlisted = sorted(wanted - kit.files.keys())
+    if unlisted:
+        raise CredentialError(
+            f"The kit's list (kit.json) does not name {', '.join(unlisted)}, which every kit has: it was made by an earlier "
+            "version of wardround, or altered. Ask the coordinator for a new kit (`wardround provision --reissue`)."
+        )
+    if set(kit.files) != wanted:
         raise CredentialError(
             f"The kit's list (kit.json) names other files than a kit has: it is damaged or altered. {_AGAIN}"
         )
@@ -388,9 +382,3 @@ def _check_private(folder: Path, kit: KitList) -> None:
 
 def _sums(files: Mapping[str, bytes]) -> bytes:
     return "".join(f"{sha256(files[name])}  {name}\n" for name in sorted(files)).encode()
-
-
-def _entry(name: str, stamp: int, kind: bytes, mode: int) -> tarfile.TarInfo:
-    entry = tarfile.TarInfo(name)
-    entry.type, entry.mode, entry.mtime = kind, mode, stamp
-    return entry

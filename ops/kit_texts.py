@@ -66,14 +66,30 @@ _CENTRAL_KEY = """
 """
 
 _TAIL = """
-4. Copy `site.toml`, set the folders and the policy in the copy, and look at the data:
+4. Copy `site.toml` and decide the policy in the copy: what may leave the hospital. Its folders stay as they are: they are
+   those inside the container.
 
        cp {alias}/site.toml site.toml
-       wardround site check /data
 
-5. Have the three command lines of this site written out, and start them (each restarted when it ends):
+5. Bring the two images (`docker load -i FILE`, or `docker pull`), let the containers' user (uid 10001) read what it needs, and
+   have everything checked. Nothing is started by this; every fault is named with its remedy:
 
-       wardround site commands {alias}{keys} --config site.toml
+       {rights} && chmod a+r site.toml
+       sudo chown -R 10001 {private}
+       wardround site check {alias} --data /srv/data
+
+   `/srv/data` is the folder with `dataset.json` on this machine. Where an account cannot look at the key any more, it is told
+   so; the same command as root looks at it, too.
+
+6. Start the two containers, and look at them. They come back by themselves when the machine does:
+
+       wardround site up {alias} --data /srv/data
+       wardround site status {alias}
+       wardround site down {alias}
+
+   `up` and `check` take `--gpu` for an NVIDIA GPU. Behind a proxy, set `https_proxy=http://HOST:PORT` for both. Without
+   `wardround` on this machine: `docker compose -f {alias}/compose.yaml up --detach --wait`; its variables are listed in the file.
+   Without containers, the command lines for a service manager: `wardround site commands {alias}{keys} --config site.toml`.
 
 If a key is lost or may have been read by others: call the coordinator at once; the key is revoked there. Then make a new
 one{again}.
@@ -96,6 +112,8 @@ def readme(about: KitList) -> bytes:
         "secret": "The kit holds no secret."
         if own
         else "THE KIT HOLDS A PRIVATE KEY: keep it where only you can read it.",
+        "rights": f"chmod -R a+rX {about.alias}" if own else f"chmod -R go= {about.alias}",
+        "private": f"{about.alias}-keys" if own else about.alias,
         "keys": f" --keys {about.alias}-keys" if own else "",
         "again": f" with `wardround site request {about.alias} --keys NEW-FOLDER`"
         if own

@@ -34,6 +34,7 @@ from ops.kit import (
     verify_kit,
     write_kit,
 )
+from ops.kit_compose import compose_files
 from ops.kit_request import key_fingerprint
 from ops.kit_texts import readme, site_toml
 from ops.pki import LOCAL_NAMES, check_credentials
@@ -279,6 +280,7 @@ def _with_kit(
         about, fingerprint = kit.about, kit.fingerprint
     else:
         contents = {CA: authority.pem, "README.md": readme(about), "site.toml": site_toml(about)}
+        contents |= compose_files(about)
         if about.keys == "central":
             private, public = new_site_key(alias)
             contents |= {KEY: private, PUBLIC_KEY: public, SECRET: secrets.token_bytes(32)}

@@ -1,4 +1,4 @@
-"""`wardround site`: a hospital's own data folder, looked at without any federation; and its way into one."""
+"""`wardround site`: a hospital's own data folder, looked at without any federation; its way into one; its containers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ from common.errors import DataError, nearest
 from common.federation import find_sites, is_alias, read_federation_file
 from ops.approve_cli import approve_command, list_command, register_command, revoke_command
 from ops.kit_cli import commands, request, verify
+from ops.preflight import exit_code
+from ops.preflight_run import Installation, is_kit
+from ops.site_run_cli import CONFIG, DATA, GPU, KEYS, down, preflight_document, run_preflight, status, up
 
 if TYPE_CHECKING:
     from client.data.check import SiteCheck
     from client.data.inspection import Problem
 
 site_app = typer.Typer(
-    help="Look after one hospital: its data, its startup kit, its admission.",
+    help="Look after one hospital: its data, its startup kit, its admission, its containers.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     add_completion=False,
@@ -37,51 +40,79 @@ _SHOWN = 20  # problems of one kind that are listed at the terminal; the JSON fi
 
 @site_app.callback()
 def _group() -> None:
-    """Look after one hospital: its data, its startup kit, its admission."""
+    """Look after one hospital: its data, its startup kit, its admission, its containers."""
 
 
 AT_SITE, AT_COORDINATOR = "At the hospital", "At the coordinator"
 site_app.command("verify", rich_help_panel=AT_SITE)(verify)
 site_app.command("request", rich_help_panel=AT_SITE)(request)
 site_app.command("commands", rich_help_panel=AT_SITE)(commands)
+site_app.command("up", rich_help_panel=AT_SITE)(up)
+site_app.command("status", rich_help_panel=AT_SITE)(status)
+site_app.command("down", rich_help_panel=AT_SITE)(down)
 site_app.command("approve", rich_help_panel=AT_COORDINATOR)(approve_command)
 site_app.command("revoke", rich_help_panel=AT_COORDINATOR)(revoke_command)
 site_app.command("register", rich_help_panel=AT_COORDINATOR)(register_command)
 site_app.command("list", rich_help_panel=AT_COORDINATOR)(list_command)
 
 
+FOLDER = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR", help="An unpacked kit; or a site's data folder, or a folder with one folder per site."
+    ),
+]
+SITE = Annotated[
+    str | None,
+    typer.Option(
+        "--site", help="Data: alias to use, or the one site to check; the folder's name if left out."
+    ),
+]
+JSON_FILE = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Also write the findings there; with a kit, - prints them only."
+    ),
+]
+AGAINST = Annotated[
+    Path | None,
+    typer.Option(
+        "--against", metavar="federation.json", help="Data: also hold the site against this run's settings."
+    ),
+]
+FULL = Annotated[bool, typer.Option("--full", help="Kit: also read every case of the data.")]
+
+
 @site_app.command("check", rich_help_panel=AT_SITE)
 def check(
-    directory: Annotated[
-        Path,
-        typer.Argument(metavar="DIR", help="A site's data folder, or a folder with one folder per site."),
-    ],
-    site: Annotated[
-        str | None,
-        typer.Option("--site", help="Alias to use, or the one site to check; the folder's name if left out."),
-    ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Also write the findings there, without identifiers."),
-    ] = None,
-    against: Annotated[
-        Path | None,
-        typer.Option(
-            "--against", metavar="federation.json", help="Also hold the site against this run's settings."
-        ),
-    ] = None,
+    directory: FOLDER,
+    site: SITE = None,
+    json_file: JSON_FILE = None,
+    against: AGAINST = None,
+    keys: KEYS = None,
+    config: CONFIG = None,
+    data: DATA = None,
+    gpu: GPU = False,
+    full: FULL = False,
 ) -> None:
-    """Read every case once and say what would stop or spoil a run.
+    """Check an installation before it is started (DIR is a kit), or a data folder.
 
-    Geometry, orientation, spacing, values that are no numbers, label values,
-    the same image twice (also across the split), empty classes, intensities.
-    Nothing is written into the data folder; nothing leaves this machine.
+    [bold]A kit[/bold]: everything that `wardround site up` needs, a line a check and
+    the remedy below what fails: kit, key, site.toml, policy, data, engine,
+    images, GPU, memory, disk; the coordinator's name, port, TLS, a proxy on
+    the way; the clock. Nothing is changed.
 
-    DIR is one site's data folder, or a folder that holds several of them.
+    [bold]A data folder[/bold]: reads every case once and says what would stop or spoil
+    a run: geometry, orientation, spacing, values that are no numbers, label
+    values, the same image twice (also across the split), empty classes,
+    intensities. Nothing is written there; nothing leaves this machine.
 
     [bold]Examples[/bold]
 
-      one site:                   wardround site check /data/liver
+      oak/ oak-keys/ site.toml data/:  wardround site check oak
+      data elsewhere, with a GPU:      wardround site check oak \\
+                                         --data /srv/liver --gpu
+      one site's data:            wardround site check /data/liver
       every site under a folder:  wardround site check data/vessels
       does it fit that run?       wardround site check /data/liver \\
                                     --against federation.json
@@ -95,8 +126,38 @@ def check(
        "training": [{"image": "imagesTr/a.nii.gz",
                      "label": "labelsTr/a.nii.gz"}]}
 
-    Exit code: 0 no errors, 3 errors found.
+    Exit code: 0 no errors; data: 3 errors found; kit: that of the first
+    failure (2 site.toml, 3 data, 9 engine or network, 10 kit, key or TLS).
     """
+    if is_kit(directory):
+        if site is not None or against is not None:
+            raise typer.BadParameter("--site and --against are for a data folder; this is a kit.")
+        _check_kit(Installation(directory, keys, config, data, gpu), json_file, full)
+        return
+    if gpu or full:
+        raise typer.BadParameter("--gpu and --full are for a kit (a folder with kit.json); this is none.")
+    _check_data(directory, site, json_file, against)
+
+
+def _check_kit(place: Installation, json_file: Path | None, full: bool) -> None:
+    """Make the preflight of an installation."""
+    console = Console()
+    printed = json_file == Path("-")
+    findings = run_preflight(place, None if printed else console, full=full)
+    document = preflight_document(place, findings)
+    if printed:
+        typer.echo(document, nl=False)
+    elif json_file is not None:
+        _write(json_file, document)
+        said = f"Findings without paths: {escape(str(json_file))}"
+        console.print(said, highlight=False, soft_wrap=True)
+    code = exit_code(findings)
+    if code:
+        raise typer.Exit(code)
+
+
+def _check_data(directory: Path, site: str | None, json_file: Path | None, against: Path | None) -> None:
+    """Check one data folder or several."""
     console = Console()
     config = read_federation_file(against).config().data if against is not None else None
     checks = [_checked(alias, folder, config, console) for alias, folder in _sites(directory, site).items()]
@@ -143,7 +204,8 @@ def _sites(directory: Path, site: str | None) -> dict[str, Path]:
         return {alias: directory}
     if not any((path / DATASET_FILE).is_file() for path in directory.iterdir()):
         raise DataError(
-            "The folder holds neither a dataset.json nor folders with one. Write one (docs/data.md).",
+            "The folder holds neither a dataset.json nor folders with one, and is no kit (kit.json). Write one "
+            "(docs/data.md), or give the unpacked kit.",
             detail=str(directory),
         )
     found = find_sites(directory)
@@ -278,6 +340,10 @@ def _write_json(path: Path, checks: list[SiteCheck]) -> None:
     text = (
         json.dumps({"sites": [check.to_mapping() for check in checks]}, indent=2, ensure_ascii=False) + "\n"
     )
+    _write(path, text)
+
+
+def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".check-")
     try:

@@ -21,7 +21,18 @@ from ops.provision_files import sha256, spoken
 from tests.ops.provisioned import files, kit_at_site, project
 
 DAY = datetime.timedelta(days=1)
-OWN = {"README.md", "SHA256SUMS", "ca.crt", "kit.json", "kit.sig", "site.toml"}
+OWN = {
+    *(
+        "README.md",
+        "SHA256SUMS",
+        "ca.crt",
+        "compose.gpu.yaml",
+        "compose.yaml",
+        "kit.json",
+        "kit.sig",
+        "site.toml",
+    )
+}
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +179,33 @@ def test_forged_kit_is_told_by_its_fingerprint(kit):
     resigned(kit, new_authority("wardround liver-2026", 100), true.about)
     verify_kit(kit)  # in itself it is in order: only the telephone tells
     refused(kit, "not the one that was read out", fingerprint=spoken(true.fingerprint))
+
+
+def test_kit_of_an_earlier_version_is_told_which_file_it_lacks(kit):
+    """Schema 1, rightly signed, made before kits had compose files."""
+    about = verify_kit(kit).about
+    own = new_authority("wardround liver-2026", 100)
+    keep = {name: (kit / name).read_bytes() for name in ("README.md", "site.toml")} | {"ca.crt": own.pem}
+    shutil.rmtree(kit)
+    values = {"authority": kits.authority_fingerprint(own.certificate)}
+    kits.write_kit(about.model_copy(update=values), keep, own, kit)
+    refused(kit, r"does not name compose\.gpu\.yaml, compose\.yaml.* earlier version.*--reissue")
+
+
+def test_list_alone_is_enough_to_stop_what_runs(kit):
+    (kit / "compose.yaml").unlink()
+    refused(kit, "compose.yaml is missing")
+    assert kits.read_list(kit).alias == "oak"
+
+
+def test_readme_teaches_the_way_to_a_running_site(made, central):
+    for folder, private in ((made, "oak-keys"), (central, "oak")):
+        text = (folder / "kits/oak/README.md").read_text()
+        steps = ["site verify oak", "cp oak/site.toml", f"sudo chown -R 10001 {private}\n", "site check oak",
+                 "site up oak", "site status oak", "site down oak"]  # fmt: skip
+        places = [text.index(step) for step in steps]
+        assert places == sorted(places)
+        assert "{" not in text
 
 
 def test_list_and_authority_of_two_projects(kit):

@@ -5,6 +5,7 @@ from typer.testing import CliRunner
 
 from common.errors import ConfigError, DataError
 from common.federation import Federation, write_federation
+from ops.preflight_site import check_cases, check_data
 from ops.site_cli import site_app
 from tests.datafiles import PATIENT, describe, segmentation_site, table_site
 
@@ -121,4 +122,18 @@ def test_help_teaches_by_example():
     done = run("check", "--help")
     assert done.exit_code == 0
     assert "wardround site check /data/liver" in done.output
+    assert "wardround site check oak" in done.output
     assert "dataset.json" in done.output
+
+
+def test_preflight_reads_every_case_when_asked(tmp_path, monkeypatch):
+    folder = segmentation_site(tmp_path / "alpha", cases=3)
+    assert check_cases(folder, "alpha", "x").mark in ("ok", "warn")
+    next((folder / "imagesTr").iterdir()).write_bytes(b"nothing")
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    assert check_data(folder, "alpha").mark == "ok"
+    broken = check_cases(folder, "alpha", "x")
+    assert broken.exit_code == DataError.exit_code
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert "docker run ..." in check_cases(folder, "alpha", "docker run ...").remedy
