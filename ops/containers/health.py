@@ -1,8 +1,8 @@
-"""Health checks of the containers: `python -m ops.containers.health worker|superlink|serverapp|site-net`.
+"""Health checks of the containers: `python -m ops.containers.health NAME` (worker, superlink, serverapp, site-net, dashboards).
 
 Each asks what its neighbours depend on, not whether a process exists: the worker's health service, a TLS handshake
-under the right name on each of the SuperLink's ports, the coordinator's answers to a site's SuperNode. Ends with 0 or 1 and
-says in one line what it found.
+under the right name on each of the SuperLink's ports, the coordinator's answers to a site's SuperNode, the dashboard's
+own word that it reads its folder. Ends with 0 or 1 and says in one line what it found.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 from ops.containers import places
 
 CALL_SECONDS = 5.0
+DASHBOARD_SECONDS = 10.0  # it may be reading a long run for the first time
 QUIET_SECONDS = 60.0
 """A SuperNode that is connected hears from the coordinator at least every 15 s (heartbeats), and notes it at least
 every 10 s; longer than this without a new byte means that it is cut off."""
@@ -134,11 +135,36 @@ def tail(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def dashboard(port: int | None = None) -> str:
+    """Return what is wrong with the dashboard, empty if it answers and reads its folder.
+
+    Args:
+        port: On this machine's loopback; as the environment says if left out.
+    """
+    import http.client
+
+    from ops.containers import dashboards  # not above: the other checks shall start light
+
+    where = dashboards.port(places.Variables()) if port is None else port
+    calling = http.client.HTTPConnection("127.0.0.1", where, timeout=DASHBOARD_SECONDS)
+    try:
+        calling.request("GET", "/healthz")
+        answer = calling.getresponse()
+        document = json.loads(answer.read(TAIL_BYTES))
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        return f"the dashboard does not answer as it should ({type(error).__name__})"
+    finally:
+        calling.close()
+    status = document.get("status") if isinstance(document, dict) else None
+    return "" if answer.status == 200 and status == "ok" else f"the dashboard says: {str(status)[:80]}"
+
+
 CHECKS: dict[str, Callable[[], str]] = {
     "worker": worker,
     "superlink": superlink,
     "serverapp": serverapp,
     "site-net": site_net,
+    "dashboards": dashboard,
 }
 
 

@@ -17,8 +17,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from rich.console import Console
 
 from common.errors import ConfigError, CredentialError, ProcessError
+from ops.containers import dashboards, places, prepare, serverapp, site_net, superlink
 from ops.containers import health as checks
-from ops.containers import places, prepare, serverapp, site_net, superlink
 from ops.pki import make_trial_pki
 from ops.processes import Process
 from tests.bench.environment import tiny_data
@@ -282,6 +282,44 @@ def test_a_tls_port_is_healthy_under_the_right_name_and_authority_only(shared, p
         closed = free.getsockname()[1]
     assert "ConnectionRefusedError" in checks.tls("localhost", closed, shared / "superlink" / "ca.crt")
     assert checks.main(["nonsense"]) == 2
+
+
+def test_the_dashboards_variables_are_checked_before_it_starts(tmp_path):
+    assert dashboards.port(variables()) == 8080
+    assert dashboards.port(variables(DASHBOARD_PORT="9000")) == 9000
+    assert dashboards.silent_after(variables()) is None
+    assert dashboards.silent_after(variables(DASHBOARD_SILENT_MINUTES="30")) == 1800.0
+    for name, text in (("PORT", "0x1"), ("PORT", "70000"), ("PORT", "0"), ("SILENT_MINUTES", "0")):
+        with pytest.raises(ConfigError, match=f"WARDROUND_DASHBOARD_{name}"):
+            dashboards.run(variables(**{f"DASHBOARD_{name}": text}), tmp_path)
+    with pytest.raises(ConfigError, match="no such folder"):
+        dashboards.run(variables(), tmp_path / "none")
+
+
+def test_the_dashboard_is_healthy_while_it_answers_and_reads_its_folder(tmp_path):
+    from ops.dashboard import Names, Server, Site
+    from ops.dashboard_runs import Board
+
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    with Server("127.0.0.1", 0, Site(Board(runs, least=0.0)), Names([dashboards.NAME])) as server:
+        number = server.server_address[1]
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        assert checks.dashboard(number) == ""
+        runs.rmdir()
+        assert "runs folder cannot be read" in checks.dashboard(number)
+        server.shutdown()
+    assert "ConnectionRefusedError" in checks.dashboard(number)
+    with socket.create_server(("127.0.0.1", 0)) as other:  # something else on its port
+
+        def answer():
+            connection, _ = other.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n[]")
+
+        threading.Thread(target=answer, daemon=True).start()
+        assert "the dashboard says" in checks.dashboard(other.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
