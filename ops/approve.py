@@ -1,12 +1,14 @@
 """Admission at the coordinator: approve a site's request, revoke its key, tell the running SuperLink.
 
 Who is admitted stands in project.json. A SuperLink holds its own list, which it keeps in memory unless it was given a
-database: `register_all` brings it up to date after every start and every change, and names the keys that it must forget.
+database: `register_all` brings it up to date after every start and every change and finds the keys that it should not know,
+`forget` takes those away. A SuperLink that `wardround run` started is kept up to date by that command alone.
 """
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -200,6 +202,21 @@ def register_all(folder: Path, client: ControlClient) -> Registered:
             entry = log.get(key_fingerprint(_openssh(node.public_key)))
             foreign[node.node_id] = entry.alias if entry is not None else ""
     return Registered(nodes, online, foreign)
+
+
+def forget(client: ControlClient, nodes: Iterable[int]) -> None:
+    """Let a running SuperLink forget nodes: their keys' next calls are refused.
+
+    Args:
+        client: Connected to its Control API.
+        nodes: Node ids, as `Registered.foreign` has them.
+
+    Raises:
+        CredentialError: Somebody else answers.
+        ProcessError: The SuperLink does not answer, or goes on knowing one of them.
+    """
+    for node in nodes:
+        client.unregister(node)
 
 
 def unregister_command(folder: Path, node: int | str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -12,9 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from common.errors import ProcessError, WardroundError
 from ops.kit_cli import AS_JSON
 
 if TYPE_CHECKING:
+    from ops.approve import Registered
     from ops.provision_project import Project
 
 PROJECT = Annotated[
@@ -81,7 +84,8 @@ def approve_command(
     words = {"admitted": "is admitted", "replaced": "is admitted with its new key; the old one is revoked"}
     Console().print(
         f"Site [bold]{alias}[/bold] {words.get(done.news, 'was admitted with this key before; nothing changed')}.\n"
-        f"Tell a running SuperLink: wardround site register --project {escape(str(project))}",
+        "A `wardround run` of this project lets it in by itself. Any other SuperLink that runs must be told: "
+        f"wardround site register --project {escape(str(project))}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 
@@ -106,12 +110,14 @@ def revoke_command(
     alias: Annotated[str, typer.Argument(metavar="ALIAS", help="The site.")],
     project: PROJECT,
     reason: Annotated[str, typer.Option("--reason", help="Why; noted in the project's log with the date.")],
+    control: CONTROL = "127.0.0.1:9093",
     as_json: AS_JSON = False,
 ) -> None:
     """Take a site's admission away: a key that was stolen, a hospital that leaves.
 
     The key is refused for ever, the site can come back with a new one. A
-    SuperLink that runs must be told, too; the last line says how.
+    SuperLink that answers at --control forgets the key at once; a `wardround
+    run` of this project does so by itself within seconds.
 
     [bold]Example[/bold]
 
@@ -121,58 +127,102 @@ def revoke_command(
 
     done = revoke(alias, project, reason)
     entry = done.log[-1]
+    removed = _forget_at(project, control, alias)
     if as_json:
-        typer.echo(json.dumps(entry.model_dump(mode="json"), indent=2))
+        document = {**entry.model_dump(mode="json"), "superlink": removed.word}
+        typer.echo(json.dumps(document, indent=2))
         return
-    command = f"wardround site register --project {escape(str(project))}"
     Console().print(
-        f"Site [bold]{escape(alias)}[/bold] is revoked ({entry.time:%Y-%m-%d %H:%M} UTC).\n"
-        "A SuperLink that runs, or keeps its state in a database, still knows the key. This names it, with the command\n"
-        f"that makes the SuperLink forget it:  {command}",
+        f"Site [bold]{escape(alias)}[/bold] is revoked ({entry.time:%Y-%m-%d %H:%M} UTC).\n{escape(removed.sentence)}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 
 
-def register_command(project: PROJECT, control: CONTROL = "127.0.0.1:9093", as_json: AS_JSON = False) -> None:
-    """Tell a running SuperLink which sites are admitted, and name keys it must forget.
+class Told(NamedTuple):
+    """What became of telling a running SuperLink that a key was revoked.
 
-    After every start of the SuperLink, every approval and every revocation.
-    Doing it twice changes nothing.
+    Attributes:
+        word: "forgot", "unknown" (it did not know the key) or "silent".
+        sentence: For people.
+    """
+
+    word: str
+    sentence: str
+
+
+def _forget_at(project: Path, control: str, alias: str) -> Told:
+    """Let the SuperLink at an address forget a site's revoked keys; that none answers changes nothing of the revocation."""
+    from ops.approve import forget, register_all
+    from ops.control import ControlClient
+
+    try:
+        with ControlClient(control, project / "coordinator" / "ca.crt") as client:
+            foreign = register_all(project, client).foreign
+            gone = [node for node, whose in foreign.items() if whose == alias]
+            forget(client, gone)
+    except WardroundError as error:
+        command = f"wardround site register --project {project} --control HOST:PORT"
+        return Told(
+            "silent",
+            f"No SuperLink of this project was told at {control} ({error.code}): {error.message}\n"
+            "A `wardround run` forgets the key by itself within seconds. Any other SuperLink that runs, or keeps its state\n"
+            f"in a database, still knows it until you run:  {command}",
+        )
+    if gone:
+        return Told("forgot", f"The SuperLink at {control} has forgotten the key; its next call is refused.")
+    return Told("unknown", f"The SuperLink at {control} did not know the key (any more).")
+
+
+def register_command(project: PROJECT, control: CONTROL = "127.0.0.1:9093", as_json: AS_JSON = False) -> None:
+    """Tell a running SuperLink which sites are admitted; it forgets all others.
+
+    After every start of a SuperLink of your own, every approval and every
+    revocation. Doing it twice changes nothing. A `wardround run` needs none of
+    it: it follows the project by itself.
 
     [bold]Example[/bold]
 
       wardround site register --project liver-2026 --control 127.0.0.1:9093
 
-    Exit code: 0 all as it should be, 10 the SuperLink knows keys that are not
-    admitted (the commands that remove them are printed).
+    Exit code: 0 all as it should be, 10 the SuperLink goes on knowing keys that
+    are not admitted (Flower's commands that remove them are printed).
     """
-    from ops.approve import register_all, unregister_command, write_connection
+    from ops.approve import forget, register_all, unregister_command, write_connection
     from ops.control import ControlClient
 
     write_connection(project, control)
     with ControlClient(control, project / "coordinator" / "ca.crt") as client:
         done = register_all(project, client)
-    commands = {node: unregister_command(project, node) for node in done.foreign}
+        gone = []
+        for node in done.foreign:
+            with contextlib.suppress(ProcessError):  # what stays is named below, with Flower's own command
+                forget(client, [node])
+                gone.append(node)
+    left = {node: unregister_command(project, node) for node in done.foreign if node not in gone}
     if as_json:
-        foreign = [{"node": n, "alias": done.foreign[n], "command": commands[n]} for n in commands]
+        foreign = [{"node": n, "alias": done.foreign[n], "command": left[n]} for n in left]
+        removed = [{"node": n, "alias": done.foreign[n]} for n in gone]
         sites = {alias: {"node": node, "online": alias in done.online} for alias, node in done.nodes.items()}
-        typer.echo(json.dumps({"sites": sites, "not_admitted": foreign}, indent=2))
+        typer.echo(json.dumps({"sites": sites, "removed": removed, "not_admitted": foreign}, indent=2))
     else:
-        console = Console()
-        for alias, node in done.nodes.items():
-            console.print(
-                f"{alias}  registered, {'online' if alias in done.online else 'not connected'}  (node {node})"
-            )
-        for node, command in commands.items():
-            whose = (
-                f"a revoked key of site {done.foreign[node]}"
-                if done.foreign[node]
-                else "a key that is not admitted"
-            )
-            said = f"[bold red]knows {whose}[/bold red]; remove it with:\n  {escape(command)}"
-            console.print(said, highlight=False, soft_wrap=True)
-    if commands:
+        _show_registered(done, gone, left)
+    if left:
         raise typer.Exit(10)
+
+
+def _show_registered(done: Registered, gone: list[int], left: dict[int, str]) -> None:
+    console = Console()
+    for alias, node in done.nodes.items():
+        console.print(
+            f"{alias}  registered, {'online' if alias in done.online else 'not connected'}  (node {node})"
+        )
+    for node, alias in done.foreign.items():
+        whose = f"a revoked key of site {alias}" if alias else "a key that is not admitted"
+        if node in gone:
+            console.print(f"[bold]has forgotten {whose}[/bold]  (node {node})", highlight=False)
+        elif node in left:
+            said = f"[bold red]knows {whose}[/bold red]; remove it with:\n  {escape(left[node])}"
+            console.print(said, highlight=False, soft_wrap=True)
 
 
 def list_command(project: PROJECT, as_json: AS_JSON = False) -> None:

@@ -147,20 +147,34 @@ def simulate(
 @app.command()
 def resume(
     run: Annotated[
-        Path, typer.Argument(help="Run folder of a trial or simulation, e.g. runs/20260101-120000-fedavg.")
+        Path,
+        typer.Argument(help="Run folder of a run, trial or simulation, e.g. runs/20260101-120000-fedavg."),
     ],
+    project: Annotated[
+        Path | None,
+        typer.Option(
+            "--project",
+            "-p",
+            metavar="DIR",
+            help="Of `wardround run`: the project's folder, if it was moved.",
+        ),
+    ] = None,
 ) -> None:
     """Continue a run that was killed, stopped or failed, from its last complete round.
 
     The final models are those of an uninterrupted run, to the bit. A round that was under way is done again. Everything
-    is started anew: keys, SuperLink, SuperNodes, workers; data and settings are those of the run.
+    is started anew: keys, SuperLink, SuperNodes, workers; data and settings are those of the run. A run of a project
+    (`wardround run`) starts the coordinator's side, and the sites connect again by themselves.
 
     [bold]Example[/bold]
 
       wardround resume runs/20260101-120000-fedavg
     """
+    from ops.run import read_note, resume_project_run
     from ops.trial import resume_run
 
+    if project is not None or read_note(run) is not None:
+        raise typer.Exit(resume_project_run(run, project=project))
     raise typer.Exit(resume_run(run))
 
 
@@ -213,17 +227,21 @@ def _mount() -> None:
     if app.registered_groups:  # main may be called more than once in a process
         return
     from ops.data_cli import data_app
+    from ops.dashboard_cli import dashboard
     from ops.ledger_cli import ledger_app
     from ops.provision_cli import provision_command
     from ops.report_cli import report, watch
+    from ops.run_cli import run_command
     from ops.site_cli import site_app
 
     app.add_typer(data_app, name="data")
     app.add_typer(site_app, name="site")
     app.add_typer(ledger_app, name="ledger")
     app.command("provision")(provision_command)
+    app.command("run")(run_command)
     app.command("report")(report)
     app.command("watch")(watch)
+    app.command("dashboard")(dashboard)
 
 
 def main(argv: list[str] | None = None) -> None:

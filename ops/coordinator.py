@@ -14,18 +14,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
 from common.errors import CancelledError, ProcessError, WardroundError, WorkerError
 from common.events import EventLog
-from ops.control import ControlClient, bundle
+from ops.control import ControlClient, bundle, register
 from ops.flower_commands import Addresses, Transport, server_superexec, superlink
 from ops.pki import TrialPki
 from ops.plan import Plan
 from ops.processes import ProcessGroup
 from ops.story_reader import Tail
 from ops.supervisor import wait_before
+from server.admitted import write_nodes
 
 START_SECONDS = 90.0
 GONE_SECONDS = 1.0  # a ServerApp that ends has this long for its last event to arrive
@@ -39,11 +41,17 @@ REFRESH_SECONDS = 0.1
 
 @dataclass
 class Sites:
-    """What the coordinator asks of the sites' side when its SuperLink has forgotten them."""
+    """The sites' side.
+
+    Attributes:
+        aliases: Whose keys are registered.
+        disconnect: Called when the SuperLink has forgotten the sites; those elsewhere find out by themselves.
+        connect: Called when it knows them again.
+    """
 
     aliases: list[str]
-    disconnect: Callable[[], None]
-    connect: Callable[[], None]
+    disconnect: Callable[[], None] = lambda: None
+    connect: Callable[[], None] = lambda: None
 
 
 class Coordinator:
@@ -74,6 +82,7 @@ class Coordinator:
     ) -> None:
         self._plan, self._addresses, self._pki = plan, addresses, pki
         self._group, self._events, self._idle, self._sites = group, events, idle, sites
+        self._keys: Mapping[str, Path] = {alias: pki.site_public[alias] for alias in sites.aliases}
         self._logs = plan.out / "logs"
         self._env = env
         transport: Transport = plan.transport
@@ -100,9 +109,27 @@ class Coordinator:
         self._wait("superlink", self.control.alive)
 
     def register(self) -> None:
-        """Register the sites' keys."""
-        for alias in self._sites.aliases:
-            self.control.register(self._pki.site_public[alias], site=alias)
+        """Register the sites' keys, and tell the ServerApp which node is which site."""
+        write_nodes(self._plan.out, register(self.control, self._keys))
+
+    def readmit(self, keys: Mapping[str, Path]) -> bool:
+        """Admit exactly these keys from now on: new ones are registered, the SuperLink forgets all others.
+
+        Args:
+            keys: Public key's file by alias.
+
+        Returns:
+            False if the SuperLink is being mended: call again later. It will know these keys in any case.
+        """
+        self._keys = keys
+        with self._unless_link_died():
+            nodes = register(self.control, keys)
+            write_nodes(self._plan.out, nodes)  # first: who is revoked is not asked from now on
+            for node in self.control.nodes():
+                if node.node_id not in nodes:
+                    self.control.unregister(node.node_id)
+            return True
+        return False
 
     def start_app(self) -> None:
         """Start what starts the ServerApp, and submit the run."""

@@ -19,7 +19,7 @@ import common
 from client.site_config import read_site_config
 from common.config import RunConfig
 from common.errors import ConfigError, DataError, nearest
-from common.federation import FEDERATION_FILE, Federation, find_sites, read_federation
+from common.federation import FEDERATION_FILE, Federation, find_sites, read_federation, read_federation_file
 from common.method import Method, RoundContext, make_halves
 from common.methods import get_method
 from common.models import build_model, parameter_groups
@@ -94,9 +94,56 @@ def make_plan(options: Options, root: Path, out: Path, *, runtime: str) -> Plan:
         ConfigError: Unknown method, key or site, a value out of its range, a task that is not the data's.
         DataError: The data root cannot be used.
     """
-    method = get_method(options.method)
+    get_method(options.method)  # a misspelt method is told before a data root is read
     federation = read_federation(root)
     sites = choose_sites(find_sites(root), options.sites)
+    config, method = configure(options, federation, list(sites))
+    return Plan(config, method, federation, sites, out, runtime)
+
+
+def make_run_plan(options: Options, federation: Path, sites: Sequence[str], out: Path) -> Plan:
+    """Turn options into a plan of a coordinator that has no data and knows no site's folder.
+
+    Args:
+        options: What was typed; `sites` and `data` are not looked at.
+        federation: A `federation.json`, which says what every site's data must look like.
+        sites: Aliases, in the fixed order of the sites.
+        out: Run folder.
+
+    Raises:
+        ConfigError: Unknown method or key, a value out of its range, or a file that does not describe the data.
+        DataError: The file is missing or is no federation.json.
+    """
+    get_method(options.method)
+    if federation.is_dir():
+        federation = federation / FEDERATION_FILE
+    if not federation.is_file():
+        raise DataError(
+            "--federation names no file: expected a federation.json, which says what every site's data must look like "
+            "(docs/data.md). Give its path.", detail=str(federation),
+        )  # fmt: skip
+    described = read_federation_file(federation)
+    if "data" not in described.settings:  # a data root could be looked at; here is none
+        raise ConfigError(
+            "federation.json has no 'data': expected at least its task, channels and labels, since there is no data here "
+            "to read them from. Add them (docs/data.md).", detail=str(federation),
+        )  # fmt: skip
+    config, method = configure(options, described, sites)
+    return Plan(config, method, described, dict.fromkeys(sites, Path()), out)
+
+
+def configure(options: Options, federation: Federation, sites: Sequence[str]) -> tuple[RunConfig, Method]:
+    """Return a run's configuration and method; needs no data.
+
+    Args:
+        options: What was typed.
+        federation: What is known of the data.
+        sites: Aliases, in the fixed order of the sites.
+
+    Raises:
+        ConfigError: Unknown method or key, a value out of its range, a task that is not the data's, or what cannot be built.
+    """
+    method = get_method(options.method)
     document = RunConfig.from_mapping({**federation.settings, "method": method.name}).model_dump(mode="json")
     if federation.settings.get("method") != method.name:
         document["params"] = {}
@@ -122,7 +169,7 @@ def make_plan(options: Options, root: Path, out: Path, *, runtime: str) -> Plan:
     context = RoundContext("", 0, config.rounds.rounds, config.seed)
     make_halves(method, config)[0].init(dict(network.state_dict()), parameter_groups(network), context)
     get_task(config.data, config.train)
-    return Plan(config, method, federation, sites, out, runtime)
+    return config, method
 
 
 def read_plan(out: Path) -> Plan:

@@ -24,6 +24,7 @@ from ops.coordinator import LIMIT, stands
 from ops.plan import Plan
 from ops.story_reader import Tail
 from ops.supervisor import wait_before
+from server.admitted import write_nodes
 
 RUN_FILE = ".flower-run"
 """Flower's id of the run under way, for a command that is started again beside it."""
@@ -101,7 +102,7 @@ class RemoteRun:
             ProcessError: The SuperLink does not answer in time.
         """
         wait_for_link(self._control, self._pause)
-        register(self._control, self._keys)
+        self._register()
         self._tail.poll()  # what earlier attempts said is over
         earlier = self._earlier()
         if earlier:
@@ -126,7 +127,7 @@ class RemoteRun:
         if status is None:
             return None
         if not status.status:  # a SuperLink that keeps messages in memory was started anew
-            register(self._control, self._keys)
+            self._register()
             self._again("lost")
         elif status.finished or self._end is not None:
             return self._judge(status, now)
@@ -155,6 +156,10 @@ class RemoteRun:
                 (self._plan.out / RUN_FILE).unlink(missing_ok=True)
         except ProcessError:
             return
+
+    def _register(self) -> None:
+        """Register the sites' keys, and tell the ServerApp which node is which site."""
+        write_nodes(self._plan.out, register(self._control, self._keys))
 
     def _earlier(self) -> int:
         try:

@@ -247,7 +247,9 @@ class RoundLoop:
         return log, folded[0] if folded else Accumulator()
 
     def _welcome(self, number: int) -> None:
-        """Let sites join that were not there when the run began."""
+        """Part with sites whose keys were revoked, and let sites join that were not there when the run began."""
+        if self.call is not None:
+            self.call.dismiss()
         if self.call is None or not set(self.expected()) - self.roster.nodes.keys():
             return
         for site in self.call.look():
@@ -298,6 +300,8 @@ class RoundLoop:
         order: OrderedFold,
     ) -> tuple[str, str] | None:
         """Take one answer; returns (code, sentence) if it is none that counts."""
+        if self.call is not None and (revoked := self.call.revoked(site)):
+            return revoked  # for good, also of an answer that was on its way: the site is not asked again
         try:
             if answer.parts is None:
                 return TRANSPORT, f"{site}: {answer.error}."

@@ -1,19 +1,22 @@
 """The first exchange: which sites are there, and do they fit the run?
 
 Every connected node is asked once. Its answer says its alias and what its data looks like; a site that does not fit is
-refused with its name and the field. The run begins when every expected site has answered.
+refused with its name and the field. The run begins when every expected site has answered. Where the coordinator says which
+node is which site (server/admitted.py), a node is held to it: it cannot take another site's name.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import common
 from common.config import RunConfig
 from common.errors import (
     CancelledError,
+    CredentialError,
     MismatchError,
     PayloadError,
     QuorumError,
@@ -60,12 +63,20 @@ class RosterCall:
         config: The run's configuration.
         events: Where it is told.
         versions: What this end runs (common/versions.py); a site must run the same.
+        admitted: Returns the alias that each node's key was admitted for; None where nobody knows.
     """
 
     def __init__(
-        self, link: Link, run: str, config: RunConfig, events: EventLog, versions: dict[str, str]
+        self,
+        link: Link,
+        run: str,
+        config: RunConfig,
+        events: EventLog,
+        versions: dict[str, str],
+        admitted: Callable[[], Mapping[int, str] | None] = lambda: None,
     ) -> None:
         self.versions = versions
+        self.admitted = admitted
         self.link = link
         self.run = run
         self.config = config
@@ -77,6 +88,7 @@ class RosterCall:
         self._patience = config.rounds.ready_timeout
         self._trouble: dict[int, tuple[str, str]] = {}
         self._refused: dict[int, tuple[str, float]] = {}
+        self._strange: set[int] = set()
         self._parts = encode(
             Envelope(
                 run, 0, HELLO, "", rounds=config.rounds.rounds, config=config.to_json(), versions=versions
@@ -96,6 +108,7 @@ class RosterCall:
         self._patience = patience or self.config.rounds.ready_timeout
         limit = time.monotonic() + self._patience
         expected = set(self.config.sites)
+        self._part_with_revoked()
         while time.monotonic() < limit:
             self._ask_new(limit)
             for answer in self.link.poll(self._tickets):
@@ -124,6 +137,32 @@ class RosterCall:
         if joined:
             self.roster.nodes = self._ordered(self.roster.nodes)
         return joined
+
+    def revoked(self, alias: str) -> tuple[str, str] | None:
+        """Return (code, sentence) if the key is not admitted any more by which a site of the roster takes part."""
+        known = self.admitted()
+        if known is None or known.get(self.roster.nodes.get(alias, 0)) == alias:
+            return None
+        return CredentialError.code, f"{alias}: its key is not admitted any more; the site is not asked."
+
+    def _part_with_revoked(self) -> None:
+        """Wait for no site whose key is not admitted any more (of a run that goes on): it cannot come."""
+        known = self.admitted()
+        admitted = self.config.sites if known is None else known.values()
+        for alias in self.config.sites:
+            if alias not in admitted:
+                message = f"{alias}: its key is not admitted any more; the site is not waited for."
+                self.roster.refused[alias] = (CredentialError.code, message)
+                self.events.emit("site.refused", site=alias, code=CredentialError.code, message=message)
+
+    def dismiss(self) -> list[str]:
+        """Take the sites off the roster whose node's key is not admitted any more, and return them."""
+        gone = {alias: why for alias in self.roster.nodes if (why := self.revoked(alias))}
+        for alias, why in gone.items():
+            del self.roster.nodes[alias]
+            self.roster.refused[alias] = why
+            self.events.emit("site.refused", site=alias, code=why[0], message=why[1])
+        return list(gone)
 
     def _ordered(self, nodes: dict[str, int]) -> dict[str, int]:
         order = [alias for alias in self.config.sites if alias in nodes] or sorted(nodes)
@@ -155,9 +194,9 @@ class RosterCall:
         return self.roster
 
     def _ask_new(self, limit: float) -> None:
-        now = time.monotonic()
+        now, known = time.monotonic(), self.admitted()
         for node in self.link.nodes():
-            if now < self._asked.get(node, 0.0):
+            if now < self._asked.get(node, 0.0) or not self._belongs(node, known):
                 continue
             ticket = self.link.ask(node, self._parts, phase=HELLO, round=0, ttl=max(limit - now, 1.0))
             self._asked[node] = float("inf") if ticket else now + RETRY_SECONDS
@@ -165,25 +204,43 @@ class RosterCall:
             if ticket:
                 self._tickets[ticket] = node
 
+    def _belongs(self, node: int, known: Mapping[int, str] | None) -> bool:
+        """Return whether a node may be asked: its key is admitted, for a site of this run."""
+        if known is None:
+            return True
+        if node in known:
+            return not self.config.sites or known[node] in self.config.sites
+        if node not in self._strange:
+            self._strange.add(node)
+            message = (
+                f"{_number(node)}: is connected with a key that is not admitted to this run; it is not asked."
+            )
+            self.events.emit("warning", code=CredentialError.code, message=message)
+        return False
+
     def _take(self, answer: Answer) -> None:
         node = self._tickets.pop(answer.ticket, None)
         if node is None:  # answered already
             return
         self._trouble.pop(node, None)
-        alias = f"node-{node % 10_000:04d}"
+        known = self.admitted()
+        if not self._belongs(node, known):  # its key was revoked while its answer was on the way
+            return
+        bound = known[node] if known is not None else ""
+        alias = bound or _number(node)
         if answer.parts is None:
             self._refuse(alias, node, "transport", f"{alias}: {answer.error}.")
             return
         try:
             envelope = decode(answer.parts)
             if envelope.failure:  # first of all: a relay that cannot reach its worker may not know its alias
-                known = envelope.site in self.config.sites or (
+                usable = envelope.site in self.config.sites or (
                     not self.config.sites and is_alias(envelope.site)
                 )
-                name = envelope.site if known else alias
+                name = bound or (envelope.site if usable else alias)
                 self._refuse(name, node, *told(envelope.failure, ""))
                 return
-            claimed = self._alias(envelope, alias)
+            claimed = self._alias(envelope, alias, bound)
             if self.roster.nodes.get(claimed, node) != node:
                 raise MismatchError(
                     f"{alias}: says it is '{claimed}', as another node does; give each SuperNode its own alias.",
@@ -196,6 +253,7 @@ class RosterCall:
             self._refuse(alias, node, code, named(sentence, alias))
             return
         self.roster.nodes[alias] = node
+        self.roster.refused.pop(alias, None)  # it was, with another key or before it was mended
         self.roster.summaries[alias] = summary
         self.roster.cases[alias] = envelope.cases
         self.events.emit(
@@ -203,8 +261,13 @@ class RosterCall:
             check=summary.model_dump(mode="json"),
         )  # fmt: skip
 
-    def _alias(self, envelope: Envelope, fallback: str) -> str:
+    def _alias(self, envelope: Envelope, fallback: str, bound: str) -> str:
         alias = envelope.site
+        if bound and alias != bound:
+            raise CredentialError(
+                f"{bound}: says it is '{ascii(alias[:64])[1:-1]}', but its key was approved for '{bound}'; it is refused. "
+                f"Write alias = \"{bound}\" into its site.toml, or approve the key for the other site.", site=bound,
+            )  # fmt: skip
         if self.config.sites and alias in self.config.sites:
             return alias
         if self.config.sites:
@@ -251,6 +314,11 @@ class RosterCall:
         self.roster.refused[alias] = (code, message)
         self._refused[node] = (alias, time.monotonic())
         self.events.emit("site.refused", site=alias, code=code, message=message)
+
+
+def _number(node: int) -> str:
+    """Return what a node is called whose site is not known."""
+    return f"node-{node % 10_000:04d}"
 
 
 def needed_sites(config: RunConfig, asked: int) -> int:

@@ -33,6 +33,7 @@ from common.proto.wardround_pb2 import Phase
 from common.tasks import divide
 from common.versions import versions_of
 from common.wire import CLOSING, ROUND, Envelope, decode, encode
+from server.admitted import Admitted
 from server.checkpoint import Checkpoints
 from server.link import FlowerLink, Link
 from server.loop import RoundLoop
@@ -76,6 +77,7 @@ class MethodStrategy(Strategy):
         self.run = run or uuid.uuid4().hex[:12]
         self.events = events or EventLog(folder / "events.jsonl" if folder else None, "server", run=self.run)
         self.checkpoints = Checkpoints(folder) if folder else None
+        self._admitted = Admitted(folder) if folder else lambda: None
         network = build_model(config.model, config.data, seed=config.seed)
         self.groups = parameter_groups(network)
         self.network = template(network)  # names, shapes and dtypes; the values are made when they are needed
@@ -107,7 +109,7 @@ class MethodStrategy(Strategy):
             QuorumError, MismatchError: The sites do not suffice or do not fit.
         """
         versions = versions_of(self.config, self.method, self.network)
-        call = RosterCall(link, self.run, self.config, self.events, versions)
+        call = RosterCall(link, self.run, self.config, self.events, versions, self._admitted)
         roster = call.collect(patience)
         self._check_trim(len(self.config.sites or roster.nodes))
         self.loop = self._make_loop(link, roster, initial, call)

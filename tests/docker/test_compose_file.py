@@ -40,12 +40,12 @@ def test_every_container_is_held_tight(name):
         "devices",
         "pid",
         "ipc",
-        "ports",
         "env_file",
         "extra_hosts",
     }
     limits = service["deploy"]["resources"]["limits"]
     assert limits.keys() == {"cpus", "memory", "pids"}
+    assert "ports" not in service or name in ("coordinator", "dashboards")
 
 
 @pytest.mark.parametrize("name", WORKERS)
@@ -91,7 +91,9 @@ def test_keys_go_to_their_owners_alone():
 def test_networks_lead_nowhere_and_only_the_superlink_is_in_several():
     document = yaml.safe_load((ROOT / "compose.yaml").read_text())
     assert {name for name, network in document["networks"].items() if network != {"internal": True}} == {
-        "outside"
+        "outside",
+        "fleet",
+        "dashboards",
     }
     assert {name for name, service in SERVICES.items() if "outside" in service.get("networks", ())} == {
         "site-net"
@@ -123,6 +125,41 @@ def test_one_hospital_by_itself_is_held_as_in_the_trial():
     assert shared[0] & shared[1] == {"socket:/run/wardround"}
 
 
+def test_a_projects_coordinator_publishes_one_port_and_only_reads_its_project():
+    service = SERVICES["coordinator"]
+    assert service["profiles"] == ["coordinator"]
+    assert service["image"] == SERVICES["superlink"]["image"]
+    assert service["ports"] == ["${WARDROUND_PORT:-9092}:9092"]
+    assert (
+        service["environment"]["WARDROUND_PORT"] == "${WARDROUND_PORT:-9092}"
+    )  # compared with the project's
+    assert [name for name in SERVICES if "fleet" in SERVICES[name].get("networks", ())] == ["coordinator"]
+    assert service["networks"] == ["fleet"]
+    mounts = {volume["target"]: volume for volume in service["volumes"] if isinstance(volume, dict)}
+    assert mounts.keys() == {"/project", "/federation.json"}
+    for volume in mounts.values():
+        assert volume["read_only"] is True
+        assert volume["bind"] == {"create_host_path": False}
+    assert [volume for volume in service["volumes"] if isinstance(volume, str)] == [
+        "${WARDROUND_RUNS:-runs}:/runs"
+    ]
+    assert service["healthcheck"]["test"] == ["CMD", "python", "-m", "ops.containers.coordinator", "health"]
+
+
+def test_the_dashboards_only_read_and_answer_on_this_machine_alone():
+    service = SERVICES["dashboards"]
+    assert service["profiles"] == service["networks"] == ["dashboards"]
+    assert service["ports"] == ["127.0.0.1:${WARDROUND_DASHBOARD_PORT:-8080}:8080"]
+    assert service["volumes"] == ["${WARDROUND_RUNS:-runs}:/runs:ro"]
+    assert [name for name in SERVICES if "dashboards" in SERVICES[name].get("networks", ())] == ["dashboards"]
+
+
+def test_the_coordinator_knows_the_variables_that_it_is_given():
+    source = (ROOT / "ops" / "containers" / "coordinator.py").read_text()
+    read = set(re.findall(r'variables\.(?:text|number)\("([A-Z_]+)"', source)) | {"RUN"}
+    assert {name.removeprefix("WARDROUND_") for name in SERVICES["coordinator"]["environment"]} == read
+
+
 def test_no_secret_is_in_an_environment():
     for service in SERVICES.values():
         assert not [
@@ -133,9 +170,12 @@ def test_no_secret_is_in_an_environment():
 def test_long_lived_services_are_restarted_and_one_shots_are_not():
     once = {name for name, service in SERVICES.items() if service["restart"] == "no"}
     assert once == {"prepare", "register", "trial"}
-    assert {service["restart"] for name, service in SERVICES.items() if name not in once} == {
-        "unless-stopped"
-    }
+    assert (
+        SERVICES["coordinator"]["restart"] == "on-failure:3"
+    )  # ends with its run; goes on with one that broke off
+    assert {
+        service["restart"] for name, service in SERVICES.items() if name not in {*once, "coordinator"}
+    } == {"unless-stopped"}
 
 
 def test_the_version_is_that_of_the_code():

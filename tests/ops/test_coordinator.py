@@ -45,7 +45,7 @@ def test_messages_in_a_file_begin_without_those_of_an_earlier_attempt(filed):
         (filed.out / name).write_text("old")
     filed.start()
     assert filed.database == filed.out / "superlink.db"
-    assert {path.name for path in filed.out.iterdir()} == {"config.json", "events.jsonl"}
+    assert {path.name for path in filed.out.iterdir()} == {"config.json", "events.jsonl", "nodes.json"}
 
 
 def test_a_link_that_never_answers_is_named_with_its_log(world):

@@ -1,0 +1,162 @@
+"""The coordinator of a project as one container: SuperLink, ServerApp and the command that conducts the run.
+
+    python -m ops.containers.coordinator            the run that the environment names
+    python -m ops.containers.coordinator health     a TLS handshake on the Fleet port, under the project's name
+
+The Fleet port listens on all of the container's addresses; Control and ServerAppIo on its loopback, where nothing else can
+reach them. The project's folder and federation.json are mounted read-only: the engine's machine approves and revokes, the run
+sees it. An interrupted run goes on when the container is started again; one that is complete is shown.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.errors import ConfigError, WardroundError
+from ops.containers import places
+from ops.containers.health import tls
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ops.options import Options
+    from ops.run import Place
+
+PROJECT = Path("/project")
+FEDERATION = Path("/federation.json")
+AUTHORITY_KEY = Path("authority/ca.key")
+
+
+def options_of(variables: places.Variables, out: Path) -> Options:
+    """Return what the environment asks for, as the command line would.
+
+    Args:
+        variables: WARDROUND_METHOD, ROUNDS, LOCAL_EPOCHS, SEED, SITES (alias,alias), SETTINGS (key=value, separated by spaces).
+        out: The run folder.
+
+    Raises:
+        ConfigError: A number that is none, or a setting that is not key=value.
+    """
+    from ops.options import Options
+    from ops.plan import parse_settings
+
+    settings = tuple(variables.text("SETTINGS").split())
+    parse_settings(settings)
+    return Options(
+        method=variables.text("METHOD", "fedavg"), sites=variables.text("SITES") or None,
+        rounds=variables.number("ROUNDS") or None, local_epochs=variables.number("LOCAL_EPOCHS") or None,
+        seed=variables.number("SEED") or 0, out=out, settings=settings,
+    )  # fmt: skip
+
+
+def place_of(variables: places.Variables, project: Path) -> Place:
+    """Return where the coordinator runs: in a container always the same port, published as the project's.
+
+    Args:
+        variables: WARDROUND_PORT is the port that is published; not compared where it is unset.
+        project: The project's folder.
+
+    Raises:
+        ConfigError: Another port is published than the one that the kits call.
+    """
+    from ops.provision_project import read_project
+    from ops.run import Place
+
+    published, called = variables.number("PORT"), read_project(project).port
+    if published is not None and published != called:
+        raise ConfigError(
+            f"The sites' kits call port {called}, but port {published} is published. Set WARDROUND_PORT={called}."
+        )
+    return Place(project, f"0.0.0.0:{places.FLEET_PORT}", f"127.0.0.1:{places.CONTROL_PORT}")
+
+
+def run(variables: places.Variables, console: Console, *, project: Path, federation: Path, runs: Path) -> int:
+    """Run what the environment names; go on with it where it was interrupted, show it where it is complete.
+
+    Args:
+        variables: As `options_of`; WARDROUND_RUN names the run and its folder, WARDROUND_TRANSPORT is "memory" or "file".
+        console: The terminal.
+        project: The project's folder.
+        federation: The federation.json.
+        runs: Has a folder per run.
+
+    Returns:
+        0 if the run ended well, else the exit code of what went wrong.
+
+    Raises:
+        WardroundError: What is wrong, before anything is started or written.
+    """
+    from ops.run import resume_project_run, run_project
+
+    transport = variables.text("TRANSPORT", "memory")
+    if transport not in ("file", "memory"):
+        raise ConfigError(f"WARDROUND_TRANSPORT must be 'file' or 'memory', got '{transport[:40]}'.")
+    if (project / AUTHORITY_KEY).exists():
+        console.print(
+            "warning: the authority's private key lies in the project's folder, which this container can read. Move "
+            "authority/ca.key to where the network is not.", soft_wrap=True,
+        )  # fmt: skip
+    out, place = runs / variables.run(), place_of(variables, project)
+    options = options_of(variables, out)
+    if (out / "config.json").is_file():
+        same_run(options, federation, out, project)
+        return resume_project_run(out, place=place, console=console)
+    command = f"WARDROUND_RUN={out.name} docker compose --profile coordinator up"
+    return run_project(options, federation, place, transport=transport, command=command, console=console)  # type: ignore[arg-type]
+
+
+def same_run(options: Options, federation: Path, out: Path, project: Path) -> None:
+    """Check that what is asked for is what the run folder holds.
+
+    Raises:
+        ConfigError: Another configuration under the same name.
+        DataError: No federation.json.
+    """
+    from ops.admission import choose_admitted
+    from ops.plan import make_run_plan
+    from ops.provision_project import read_project
+    from ops.remote import coordinator_plan
+
+    known = coordinator_plan(out).config
+    # a site that was approved since does not make it another run; it takes part in the next one
+    sites = known.sites if options.sites is None else choose_admitted(read_project(project), options.sites)
+    asked = make_run_plan(replace(options, sites=None), federation, sites, out).config
+    if asked.to_json() != known.to_json():
+        raise ConfigError(
+            f"Run '{out.name}' exists with another configuration. Choose another name: WARDROUND_RUN=NAME."
+        )
+
+
+def health(project: Path = PROJECT, host: str = "localhost", port: int = places.FLEET_PORT) -> str:
+    """Return what is wrong with the Fleet port, empty if it shows a certificate of the project's authority.
+
+    Args:
+        project: The project's folder.
+        host: How the port is called from here; every server certificate of a project has the loopback names.
+        port: The Fleet port.
+    """
+    return tls(host, port, project / "coordinator" / "ca.crt")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the coordinator, or check its health."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words == ["health"]:  # before the imports: it is asked every few seconds
+        found = health()
+        print(found or "in order")  # noqa: T201 what `docker inspect` shows
+        return 1 if found else 0
+    from rich.console import Console
+
+    from ops.containers.superlink import tell
+
+    try:
+        return run(places.Variables(), Console(), project=PROJECT, federation=FEDERATION, runs=places.RUNS)
+    except WardroundError as error:
+        return tell(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
