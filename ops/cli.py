@@ -226,8 +226,8 @@ def version() -> None:
 def _mount() -> None:
     if app.registered_groups:  # main may be called more than once in a process
         return
-    from ops.data_cli import data_app
     from ops.dashboard_cli import dashboard
+    from ops.data_cli import data_app
     from ops.ledger_cli import ledger_app
     from ops.provision_cli import provision_command
     from ops.report_cli import report, watch

@@ -134,6 +134,9 @@ def general_name(name: str) -> x509.GeneralName:
 def write_private(path: Path, content: bytes) -> Path:
     """Write a file that only its owner can read (mode 0600), whole or not at all.
 
+    Written by root it belongs to the folder's owner: a project that was given to a container's user stays readable for it
+    when root approves a site.
+
     Raises:
         OSError: The volume cannot be written; what was there stays.
     """
@@ -144,6 +147,9 @@ def write_private(path: Path, content: bytes) -> Path:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+            if os.geteuid() == 0:
+                folder = path.parent.stat()
+                os.fchown(file.fileno(), folder.st_uid, folder.st_gid)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

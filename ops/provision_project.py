@@ -23,6 +23,10 @@ from ops.provision_files import check_host, join_address, private_folder, read_l
 
 SCHEMA = 1
 STATE = "project.json"
+_UNREADABLE = (
+    "The project's folder or its project.json cannot be read by this user. Run this as its owner, or give it the folder "
+    "(a container's user is 10001: `sudo chown -R 10001 DIR`)."
+)
 Event = Literal["provision", "kit", "approve", "replace", "revoke", "renew"]
 
 
@@ -182,7 +186,11 @@ def read_project(folder: Path) -> Project:
         ConfigError: No project there, or its file was damaged.
         MismatchError: Written by another version.
     """
-    if not (folder / STATE).is_file():
+    try:
+        there = (folder / STATE).is_file()
+    except OSError as error:
+        raise ConfigError(_UNREADABLE, detail=str(error)) from error
+    if not there:
         raise ConfigError(
             "There is no project in this folder: give the one that `wardround provision --out` wrote.",
             detail=str(folder),
@@ -206,7 +214,7 @@ def _state_bytes(folder: Path) -> bytes:
     try:
         return (folder / STATE).read_bytes()  # grows with its log: no limit
     except OSError as error:
-        raise ConfigError("The project's state (project.json) cannot be read.", detail=str(error)) from error
+        raise ConfigError(_UNREADABLE, detail=str(error)) from error
 
 
 def save(project: Project, folder: Path) -> None:

@@ -10,6 +10,7 @@ sees it. An interrupted run goes on when the container is started again; one tha
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +95,7 @@ def run(variables: places.Variables, console: Console, *, project: Path, federat
     transport = variables.text("TRANSPORT", "memory")
     if transport not in ("file", "memory"):
         raise ConfigError(f"WARDROUND_TRANSPORT must be 'file' or 'memory', got '{transport[:40]}'.")
-    if (project / AUTHORITY_KEY).exists():
+    if os.access(project / AUTHORITY_KEY, os.R_OK):
         console.print(
             "warning: the authority's private key lies in the project's folder, which this container can read. Move "
             "authority/ca.key to where the network is not.", soft_wrap=True,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -298,10 +299,13 @@ def test_a_site_that_never_comes_is_named_with_what_to_do(project, first):
 
 
 def test_a_site_cannot_take_another_ones_name(project, first):
-    """Its key and certificates are right; its own configuration says that it is elm."""
+    """Its key is its own and approved; its worker and its SuperNode both say that it is elm."""
     project.oak.stop()
     file = project.oak.folder / "site.toml"
     file.write_text(file.read_text().replace('alias = "oak"', 'alias = "elm"'))
+    honest = project.oak.lines["supernode-oak"]
+    project.oak.lines["supernode-oak"] = re.sub(r"(site=\W+)oak", r"\1elm", honest)
+    assert project.oak.lines["supernode-oak"] != honest
     project.oak.tend()
     out = project.folder / "runs" / "fourth"
     process = project.begin(out, "--sites", "oak", "--rounds", "1")

@@ -2,9 +2,11 @@
 
 import datetime
 import json
+import os
 import shutil
 import socket
 import ssl
+import stat
 import threading
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ from ops.kit import verify_kit
 from ops.pki import make_trial_pki
 from ops.pki_issue import new_authority
 from ops.provision import expiry_warnings, provision
-from ops.provision_files import check_host, join_address, split_address
+from ops.provision_files import check_host, join_address, split_address, write
 from ops.provision_project import ProjectConfig, coordinator_credentials, read_config, read_project
 from ops.site_cli import site_app
 from tests.ops.provisioned import config, files, kit_at_site, project
@@ -347,3 +349,23 @@ def test_provision_command(tmp_path):
     assert "[[sites]]" in shown
     for command in ("verify", "request", "approve", "revoke", "register", "list", "commands"):
         assert "wardround site" in run(command, "--help").output
+
+
+def test_a_project_that_this_user_may_not_read_is_named(tmp_path):
+    (tmp_path / "project.json").write_bytes(b"{}")
+    tmp_path.chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # nothing is closed to root
+    try:
+        refused("cannot be read by this user", read_project, tmp_path)
+    finally:
+        os.seteuid(user)
+        tmp_path.chmod(0o700)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="NOT TESTED: only root writes for other users")
+def test_what_root_writes_belongs_to_the_folders_owner(tmp_path):
+    os.chown(tmp_path, 10001, 10001)
+    found = write(tmp_path / "project.json", b"{}").stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (10001, 10001, 0o600)
