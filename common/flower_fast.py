@@ -15,6 +15,7 @@ says so, and Flower then works at its own pace. Nothing here changes what travel
 | telemetry that is switched off | starts `file` | nothing | every start and end of a process |
 | two missed heartbeats, after which a SuperNode is gone | 60 s | 30 s | a site whose SuperNode was killed |
 | SuperNode after a message that got lost half-way | for ever | goes on | a site, until it is restarted |
+| ServerApp for the rest of an answer whose sender is gone | 7200 s | 120 s without any of it | the round, all sites |
 """
 
 from __future__ import annotations
@@ -38,10 +39,16 @@ RETRY_SECONDS = 0.05
 RETRY_CAP_SECONDS = 0.5
 LOG_FLUSH_SECONDS = 0.5
 HEARTBEAT_SECONDS = 15
+STALLED_SECONDS = 120.0
+"""Objects have 5 MB at most: a line that needs longer for one carries less than 0.4 Mbit/s."""
 RETRIES = 20_000
 """Flower gives an object up after 500 tries or 7200 s; with short waits only the second limit may count."""
 
 log = logging.getLogger("wardround.flower")
+
+
+class _Stalled(Exception):
+    """Nothing of an answer has come for too long."""
 
 
 class _OtherThanMeasured(Exception):
@@ -60,7 +67,7 @@ def apply(*, role: Role) -> list[str]:
     patches: dict[str, tuple[Callable[[], None], ...]] = {
         "supernode": (_sleeps, _retries, _silence, _lost_messages, _heartbeats),
         "relay": (_retries, _silence),
-        "server": (_retries, _silence, _log_flush),
+        "server": (_retries, _silence, _log_flush, _stalled_answers),
     }
     return _run(patches[role])
 
@@ -276,6 +283,45 @@ def _lost_messages() -> None:
 
     pull.quick = True  # type: ignore[attr-defined]
     _set(module, "_pull_and_store_message", pull)
+
+
+def _stalled_answers() -> None:
+    """An answer is announced before its objects come; if its sender dies between, the ServerApp waits for them.
+
+    It looks after no other answer meanwhile. Given up, an answer is one that got lost on the way; so is one whose objects
+    the SuperLink does not know any more, which would end the run.
+    """
+    module = importlib.import_module("flwr.superlink.grid.grpc_grid")
+    original = module.pull_objects
+    if getattr(original, "quick", False):
+        return
+    source = inspect.getsource(module.GrpcGrid.pull_messages)
+    _expect(source.count("pull_objects(") == 1, "how an answer is fetched")
+    _expect("except ObjectUnavailableError as e:" in source, "what becomes of an answer that got lost")
+    objects = importlib.import_module("flwr.supercore.inflatable.inflatable_utils")
+    missing = objects.ObjectUnavailableError
+
+    def pull(object_ids: list[str], pull_object_fn: Callable[[str], bytes], **options: Any) -> Any:
+        last = time.monotonic()
+
+        def fetch(object_id: str) -> bytes:
+            nonlocal last
+            try:
+                content = pull_object_fn(object_id)
+            except missing:
+                if time.monotonic() - last > STALLED_SECONDS:
+                    raise _Stalled(object_id) from None
+                raise
+            last = time.monotonic()
+            return content
+
+        try:
+            return original(object_ids, fetch, **options)
+        except (_Stalled, objects.ObjectIdNotPreregisteredError) as error:
+            raise missing(str(error)) from error
+
+    pull.quick = True  # type: ignore[attr-defined]
+    _set(module, "pull_objects", pull)
 
 
 def _run(patches: tuple[Callable[[], None], ...]) -> list[str]:

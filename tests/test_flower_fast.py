@@ -17,6 +17,7 @@ OBJECTS = importlib.import_module("flwr.supercore.inflatable.inflatable_utils")
 SERVERAPP = importlib.import_module("flwr.server.serverapp.app")
 TELEMETRY = importlib.import_module("flwr.supercore.telemetry")
 RELAY = importlib.import_module("flwr.supernode.runtime.run_clientapp")
+GRID = importlib.import_module("flwr.superlink.grid.grpc_grid")
 CONNECTION = importlib.import_module("flwr.client.grpc_rere_client.connection")
 PULLS = (OBJECTS.pull_objects, OBJECTS.pull_and_inflate_object_from_tree)
 NAMES = {
@@ -25,6 +26,7 @@ NAMES = {
     TELEMETRY: ("create_event", "FLWR_TELEMETRY_ENABLED"),
     RELAY: ("install_from_fab", "get_load_client_app_fn", "ClientAppIoStub"),
     CONNECTION: ("create_channel",),
+    GRID: ("pull_objects",),
 }
 ROLES = ("supernode", "relay", "server")
 
@@ -116,6 +118,39 @@ def test_short_waits_do_not_give_up_earlier():
         assert waited > 7200
 
 
+def late(object_id, arrived):
+    if time.monotonic() < arrived[object_id]:
+        raise OBJECTS.ObjectUnavailableError(object_id)
+    return object_id.encode()
+
+
+def test_an_answer_whose_sender_is_gone_is_given_up(monkeypatch):
+    assert flower_fast.apply(role="server") == []
+    monkeypatch.setattr(flower_fast, "STALLED_SECONDS", 0.4)
+    arrived = {"a": 0.0, "b": time.monotonic() + 3600}
+    with pytest.raises(OBJECTS.ObjectUnavailableError, match="'b'"):
+        GRID.pull_objects(["a", "b"], lambda name: late(name, arrived))
+    assert time.monotonic() < arrived["b"] - 3590
+
+
+def test_an_answer_that_comes_slowly_is_waited_for(monkeypatch):
+    assert flower_fast.apply(role="server") == []
+    monkeypatch.setattr(flower_fast, "STALLED_SECONDS", 0.8)
+    arrived = {str(number): time.monotonic() + 0.5 * number for number in range(4)}
+    found = GRID.pull_objects(list(arrived), lambda name: late(name, arrived))
+    assert found == {name: name.encode() for name in arrived}
+
+
+def test_an_answer_that_the_superlink_forgot_is_a_lost_one_and_not_the_end(monkeypatch):
+    assert flower_fast.apply(role="server") == []
+
+    def forgotten(name):
+        raise OBJECTS.ObjectIdNotPreregisteredError(name)
+
+    with pytest.raises(OBJECTS.ObjectUnavailableError):
+        GRID.pull_objects(["a"], forgotten)
+
+
 def test_log_is_flushed_shortly_at_the_end(monkeypatch):
     timeouts = []
     parameters = inspect.signature(SERVERAPP.flush_logs)
@@ -195,6 +230,7 @@ def changed_source(monkeypatch, old, new):
             "messages come",
             (SUPERNODE, "_pull_and_store_message"),
         ),
+        ("server", "except ObjectUnavailableError as e:", "except E:", "got lost", (GRID, "pull_objects")),
         ("server", "flush_logs(log_queue)", "flush_logs(q)", "the log is flushed", (SERVERAPP, "flush_logs")),
         ("relay", 'return "disabled"', 'return "off"', "telemetry that is off", (TELEMETRY, "create_event")),
     ],
