@@ -191,8 +191,14 @@ def _proxy_refusal(route: Route, error: ProxyRefused, here: str) -> Finding:
 
 def _no_connection(route: Route, error: OSError, here: str, seconds: float) -> Finding:
     what = f"The proxy ({route.proxy.variable})" if route.proxy else route.server
+    if isinstance(error, ConnectionRefusedError) and not route.proxy:
+        return warn(
+            "connection", f"{what} refuses the connection: no run is under way there, or a firewall says no.",
+            f"Ask the coordinator whether a run is under way; the site connects by itself when one begins. If one is: allow "
+            f"connections out of this machine to {route.server} (TCP).", str(error),
+        )  # fmt: skip
     if isinstance(error, ConnectionRefusedError):
-        found = f"{what} refuses the connection: nothing listens there, or a firewall says no."
+        found = f"{what} refuses the connection: nothing listens there."
     elif isinstance(error, TimeoutError):
         found = f"{what} did not answer within {seconds:.0f} s: most often a firewall that drops the packets."
     elif isinstance(error, socket.gaierror):

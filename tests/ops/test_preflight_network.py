@@ -110,9 +110,10 @@ def test_server_that_hangs_up_and_one_that_is_silent(authority):
 def test_nobody_listens(authority):
     port = free_port()
     found = check_connection(Route("127.0.0.1", port))
-    assert found.mark == "fail"
+    assert found.mark == "warn"  # between two runs nobody listens: a site may be started before one begins
     assert "refuses the connection" in found.found
     assert f"to 127.0.0.1:{port} (TCP)" in found.remedy
+    assert "connects by itself" in found.remedy
     assert "refuses" in handshake(port, authority).finding.found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from common.errors import ConfigError, CredentialError, ProcessError
+from common.errors import ConfigError, CredentialError
 from ops import preflight_run, site_run_cli
 from ops.pki_issue import Authority
 from ops.preflight import exit_code
@@ -103,9 +103,10 @@ def test_one_fault_does_not_hide_the_others(tmp_path):
     programs = Programs(ServerVersion="20.10")
     programs.answers["docker image inspect"] = programs.answers["nvidia-smi"]
     found = names(preflight(place, run=programs, seconds=5))
-    for name in ("site.toml", "engine", "images", "connection"):
+    for name in ("site.toml", "engine", "images"):
         assert found[name].mark == "fail"
         assert found[name].remedy
+    assert found["connection"].mark == "warn"
     assert {found[name].mark for name in ("policy", "tls")} == {"skipped"}
 
 
@@ -149,11 +150,15 @@ def test_check_of_a_kit(tmp_path, faked):
     _, place = installation(tmp_path, port=free_port())
     ready(place)
     done = run("check", place.kit)
-    assert done.exit_code == (ProcessError.exit_code if ROOT else CredentialError.exit_code)
-    assert "connection  localhost:" in done.output
-    assert "-> Allow connections out of this machine" in done.output
+    assert done.exit_code == (0 if ROOT else CredentialError.exit_code)
+    assert "warn    connection  localhost:" in done.output
+    assert "-> Ask the coordinator whether a run is under way" in done.output
     assert f"(here: {place.kit})" in done.output
-    assert "not ready: " in done.output
+    assert ("ready: " if ROOT else "not ready: ") in done.output
+    place.config_place.unlink()
+    again = run("check", place.kit)
+    assert again.exit_code == ConfigError.exit_code
+    assert "not ready: " in again.output
 
 
 def test_findings_as_json_hold_no_path(tmp_path, faked):
