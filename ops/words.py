@@ -112,7 +112,11 @@ ADVICE = {
     "worker": "Look at the site's worker log; start its worker again.",
     "quorum": "Look at the reasons of the missing sites and correct those sites; a lower quorum needs a new run.",
     "process": "Look at the named process's log in the run folder's logs/.",
-    "credential": "Make or hand out the named key or certificate again, then start again.",
+    "credential": "Make or hand out the named key or certificate again, then start again; a site whose key was revoked needs "
+    "a new one that is approved.",
+    "revoked": "Nothing, if it was meant; else let the site make a new key and approve its request.",
+    "admitted": "Nothing: the site connects by itself.",
+    "waiting": "Ask the named sites to look with `wardround site status KIT`, or start the run without them (--sites).",
     "cancelled": "Go on when you like; nothing of the run is lost up to its last whole round.",
     "interrupted": "Go on when you like; what was written until then is in this run folder.",
     "deadline": "The site was too slow or gone: look at its worker and SuperNode logs, or give the round a longer "

@@ -36,7 +36,7 @@ from experiments.tables import (
     tables_command,
 )
 
-SERIES = {"raw": COLOURS[6], "stc": COLOURS[0], "cer": COLOURS[1], "cer+stc": COLOURS[2]}
+SERIES = {"raw": COLOURS[6], "bf16": COLOURS[3], "stc": COLOURS[0], "cer": COLOURS[1], "cer+stc": COLOURS[2]}
 
 
 def tagged(results: Results, task: str, key: str, label: str) -> list[Result]:

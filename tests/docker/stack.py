@@ -25,6 +25,13 @@ KILL_MAIN = (
 )
 
 
+def plain(environment):
+    """Return an environment without what would point wardround or compose at other folders, projects or settings."""
+    return {
+        name: value for name, value in environment.items() if not name.startswith(("WARDROUND_", "COMPOSE_"))
+    }
+
+
 class NoEngine(Exception):
     """No engine is there and none can be started; says why."""
 
