@@ -148,6 +148,7 @@ def test_launcher_waits_for_its_supernode_and_stops_when_told(tmp_path):
     assert not poller.is_running()
 
 
+@pytest.mark.slow  # starts Flower's launcher once more
 def test_launcher_ends_with_the_process_it_belongs_to(tmp_path):
     owner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     launcher = launch(tmp_path, "--parent-pid", str(owner.pid))

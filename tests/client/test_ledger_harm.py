@@ -40,7 +40,7 @@ messages = st.lists(
     min_size=1,
     max_size=4,
 )
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def written(folder, calls):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -87,6 +87,7 @@ def test_batches(tmp_path):
     assert sorted(other[:, 0].tolist()) == sorted(torch.cat([b["image"] for b in found])[:, 0].tolist())
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     values=arrays(
         np.float64,

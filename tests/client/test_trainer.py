@@ -99,7 +99,9 @@ def moved(before, after):
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "densenet121" else []) for name in MODELS]
+)
 def test_every_network_trains_with_deterministic_kernels_to_the_same_bits(name):
     dropout = 0.0 if name == "logistic" else 0.1
     runs = [make(name, model={"dropout": dropout}) for _ in range(2)]
@@ -277,13 +279,14 @@ def test_a_site_without_training_cases_is_named():
         make(cases=0).fit()
 
 
-def test_a_lone_last_image_joins_the_batch_before_it():
-    made = make("densenet121", cases=5)
+@pytest.mark.parametrize("name", ["densenet", pytest.param("densenet121", marks=pytest.mark.slow)])
+def test_a_lone_last_image_joins_the_batch_before_it(name):
+    made = make(name, cases=5)
     stats = made.fit(epochs=1)  # 2 + 3 instead of 2 + 2 + 1, over which nothing can be normalised
     assert (stats.steps, stats.samples) == (2, 5)
     with pytest.raises(DataError, match="at least 2 needed"):
-        make("densenet121", cases=1).fit()
-    assert make("densenet121", cases=1, model={"norm": "group"}).fit(steps=1).samples == 1
+        make(name, cases=1).fit()
+    assert make(name, cases=1, model={"norm": "group"}).fit(steps=1).samples == 1
 
 
 @pytest.mark.parametrize(("cases", "sizes"), [(1, [1]), (2, [2]), (3, [3]), (4, [2, 2]), (5, [2, 3])])

@@ -156,6 +156,7 @@ def test_rate_follows_the_published_schedule_from_the_comparison_on():
     assert rates == pytest.approx([0.1, 0.1 * 0.998**500, 0.1 * 0.998**1000, 0.1 * 0.998**1001])
 
 
+@pytest.mark.slow  # dense Jacobians of a real network
 def test_fipa_step_against_the_dense_solution(federation):
     network = federation.network
     theta = network.initial(generator("dense"))

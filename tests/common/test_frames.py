@@ -23,7 +23,7 @@ def chunk(data):
     return Frame(chunk=data)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(PARTS, st.integers(1, 16))
 def test_parts_come_back_in_order_whatever_the_chunk(parts, size):
     with patch.object(frames, "CHUNK_BYTES", size):
@@ -40,7 +40,7 @@ def test_a_large_part_is_cut_below_grpcs_limit_and_a_small_one_is_not():
     assert from_frames(sent) == {"large": data, "small": b"x", "empty": b""}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(PARTS, st.integers(1, 8), st.data())
 def test_a_stream_that_breaks_off_gives_whole_parts_or_an_error(parts, size, data):
     with patch.object(frames, "CHUNK_BYTES", size):
@@ -99,7 +99,7 @@ FRAMES = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=70, deadline=None)
 @given(st.lists(FRAMES, max_size=6))
 def test_any_stream_gives_what_it_announced_or_our_own_error(stream):
     try:

@@ -29,7 +29,7 @@ ARRAYS = st.lists(st.floats(-1e5, 1e5, width=32), min_size=1, max_size=40)
 # ---- norms -----------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(first=ARRAYS, second=ARRAYS, block=st.sampled_from([1, 3, 1 << 20]))
 def test_the_norm_is_the_exact_one_over_all_floating_tensors(first, second, block):
     tensors = {"a": torch.tensor(first), "b": torch.tensor(second), "n": torch.tensor([10**9])}
@@ -41,7 +41,7 @@ def test_the_norm_is_the_exact_one_over_all_floating_tensors(first, second, bloc
         guards.BLOCK = old
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(pair=ARRAYS.flatmap(lambda a: st.tuples(st.just(a), st.permutations(a))))
 def test_the_update_is_the_difference_where_names_match(pair):
     new, old = (torch.tensor(values) for values in pair)

@@ -32,8 +32,16 @@ def build(name, *, patch=(32, 32), channels=("a",), labels=("x", "y", "z"), **mo
     return build_model(ModelConfig(**{"name": name, "width": 8, **model}), data, seed=0)
 
 
-@pytest.mark.parametrize("name", IMAGES)
-@pytest.mark.parametrize("norm", ["instance", "batch", "group", "none"])
+@pytest.mark.parametrize(
+    ("norm", "name"),
+    [
+        pytest.param(
+            norm, name, marks=[pytest.mark.slow] if name == "densenet121" and norm != "batch" else []
+        )
+        for norm in ("instance", "batch", "group", "none")
+        for name in IMAGES
+    ],
+)
 def test_the_normalisation_asked_for_is_the_only_one(name, norm):
     network = build(name, norm=norm, patch=(64, 64))
     found = {type(module) for module in network.modules() if isinstance(module, tuple(NORMS.values()))}
@@ -57,7 +65,14 @@ def test_group_normalisation_finds_groups_for_any_width(name, width):
     assert output.shape == (1, 3, 32, 32)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "logistic"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "densenet121" else [])
+        for name in MODELS
+        if name != "logistic"
+    ],
+)
 def test_dropout_is_there_when_asked_for(name):
     image = torch.randn(2, 1) if name == "mlp" else torch.randn(2, 1, 32, 32)
     with torch.random.fork_rng():
@@ -100,7 +115,9 @@ def test_the_unet_of_the_default_settings_is_small():
     assert not parameter_groups(network)["buffers"]
 
 
-@pytest.mark.parametrize("size", [SMALLEST, 32, 33, 63, 64, 96])
+@pytest.mark.parametrize(
+    "size", [SMALLEST, 33, *(pytest.param(size, marks=pytest.mark.slow) for size in (32, 63, 64, 96))]
+)
 def test_densenet_knows_its_coarsest_grid(size):
     network = build("densenet121", norm="group", patch=(size, 64))
     with torch.no_grad():

@@ -68,7 +68,7 @@ def replies_of(draw, dtype):
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int64, torch.int32, torch.uint8])
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(data=st.data())
 def test_the_average_is_the_exact_one_rounded_once(dtype, data):
     cases, values = data.draw(replies_of(dtype))
@@ -98,7 +98,7 @@ def test_the_average_is_the_exact_one_rounded_once(dtype, data):
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
 )
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(data=st.data())
 def test_one_site_alone_gets_its_weights_back_to_the_bit(dtype, data):
     size = 4 * dtype.itemsize

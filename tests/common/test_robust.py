@@ -51,7 +51,7 @@ def stacks(draw):
 # ---- the arithmetic --------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(stack=stacks())
 def test_the_median_is_numpys_and_the_slow_one(stack):
     got = coordinate_median(torch.from_numpy(stack))
@@ -62,7 +62,7 @@ def test_the_median_is_numpys_and_the_slow_one(stack):
     assert got.reshape(-1).tolist() == [slow_median(flat[:, k]) for k in range(flat.shape[1])]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(stack=stacks(), share=st.sampled_from([0.0, 0.1, 0.2, 0.25, 0.29, 0.34, 0.4, 0.49]))
 def test_the_trimmed_mean_is_the_slow_one(stack, share):
     got = trimmed_mean(torch.from_numpy(stack), share)

@@ -1,7 +1,6 @@
 """The shelf gives back every bit, in memory and in its file, and says clearly what it cannot do."""
 
 import errno
-import gc
 import warnings
 
 import pytest
@@ -53,7 +52,6 @@ def test_a_shelf_that_is_dropped_leaves_no_open_file(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         del shelf
-        gc.collect()
     assert file.closed
 
 

@@ -1,7 +1,6 @@
 """Sketches in a file: every dtype comes back exactly, in blocks, and what does not fit or cannot be stored is told."""
 
 import errno
-import gc
 import warnings
 
 import numpy as np
@@ -242,7 +241,6 @@ def test_sketches_that_are_dropped_or_closed_leave_no_open_file(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         del dropped
-        gc.collect()
         assert [file.closed for file in files] == [True, False]
         closed.close()
         closed.close()

@@ -176,7 +176,7 @@ def test_a_failed_write_cleans_up_and_keeps_the_old(tmp_path, monkeypatch):
 # ---- damage ----------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_no_flipped_byte_goes_unnoticed(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("state") / "round-000001"

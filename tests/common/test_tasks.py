@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import nn
@@ -156,6 +156,7 @@ def test_a_distance_is_in_millimetres_and_only_when_asked_for():
     assert not any("hd95" in name for name in task.measure(logits, truth, (9.0, 0.5)))
 
 
+@settings(max_examples=40, deadline=None)
 @given(SUMS, SUMS, SUMS)
 def test_sums_add_in_any_order_and_touch_nothing(a, b, c):
     before = dict(a)

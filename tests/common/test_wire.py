@@ -25,8 +25,8 @@ from common.wire import (
 )
 from tests.common.strategies import bits, envelopes, plain
 
-FEW = settings(max_examples=40, deadline=None)
-MANY = settings(max_examples=100, deadline=None)
+FEW = settings(max_examples=20, deadline=None)
+MANY = settings(max_examples=50, deadline=None)
 
 
 def message() -> Envelope:
@@ -343,7 +343,7 @@ def test_random_parts_raise_nothing_else(parts):
         decode(parts)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.data())
 def test_a_spoiled_message_raises_nothing_else_and_keeps_its_payloads(data):
     parts = encode(message())
@@ -379,7 +379,7 @@ HEADS = st.builds(
 )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.lists(HEADS, max_size=2), st.sampled_from([0, 1, 4, 8]))
 def test_a_lying_header_raises_nothing_else(heads, size):
     blob = bytes(size)

@@ -81,6 +81,12 @@ def twice(tmp_path_factory):
     return Sample(rounds=4, interrupted=((3, "failed"),)).write(tmp_path_factory.mktemp("twice"))
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """A page's words without its four charts, which take most of its time and are looked at in test_report.py."""
+    monkeypatch.setattr("ops.report.charts", lambda story: [])
+
+
 def test_a_killed_and_continued_run_is_one_run(killed):
     story = read_story(killed)
     assert story.verdict.ok
@@ -230,7 +236,7 @@ def test_a_closing_evaluation_that_is_done_twice_counts_once():
     assert missed(story) == ["b missed the closing evaluation: deadline"]
 
 
-def test_who_took_part_says_why_not_and_how_often_again(missing):
+def test_who_took_part_says_why_not_and_how_often_again(missing, undrawn):
     story = read_story(missing)
     assert texts(participation(story)) == [
         ["1", "6", "5", "4", ""],
@@ -315,7 +321,7 @@ def test_the_strip_is_there_only_when_there_is_something_to_see(missing, killed,
     assert strip(read_story(killed)).svg == again.svg
 
 
-def test_interruptions_stand_in_the_order_of_time(tmp_path):
+def test_interruptions_stand_in_the_order_of_time(tmp_path, undrawn):
     folder = eventful().write(tmp_path / "run")
     story = read_story(folder)
     assert [item.number for item in story.completed] == list(range(1, 13))
@@ -339,7 +345,7 @@ def test_interruptions_stand_in_the_order_of_time(tmp_path):
     assert "answered too late: hospital-3" in html
 
 
-def test_a_lost_quorum_stands_at_the_top_with_the_command_to_continue(tmp_path):
+def test_a_lost_quorum_stands_at_the_top_with_the_command_to_continue(tmp_path, undrawn):
     absent = {(3, alias): ("transport", f"{alias}: gone.") for alias in SITES[1:]}
     sample = Sample(rounds=4, absent=absent, verdict="failed", stop_after=3)
     folder = sample.write(tmp_path / "runs" / "20260101-120000-ditto")

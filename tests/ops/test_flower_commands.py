@@ -121,7 +121,7 @@ def test_reserved_addresses():
         release_ports()
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(st.dictionaries(st.from_regex(r"\A[a-z][a-z0-9_-]{0,8}\Z"), st.text().filter(str.isprintable)))
 def test_node_config_comes_back_or_is_refused(values):
     try:

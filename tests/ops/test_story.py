@@ -1,3 +1,4 @@
+import functools
 import json
 import random
 
@@ -47,8 +48,13 @@ def written(folder, lines):
     return folder
 
 
+@functools.cache
+def parsed(line):
+    return json.loads(line)
+
+
 def of(lines, name, **fields):
-    found = [json.loads(line) for content in lines.values() for line in content]
+    found = [parsed(line) for content in lines.values() for line in content]
     return [
         e for e in found if e["event"] == name and all(e.get(key) == value for key, value in fields.items())
     ]
@@ -178,7 +184,7 @@ def test_the_command_s_verdict_counts_before_the_server_s():
     assert story.ended
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_a_run_cut_anywhere_is_told_as_far_as_it_went(lines, whole, tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("cut")
@@ -209,7 +215,7 @@ def test_no_number_is_invented(lines, tmp_path_factory, seed, gone):
     """Whatever lines are lost, each number of the story stands in a line that is left."""
     pick = random.Random(seed)
     kept = {
-        name: [line for line in content if json.loads(line)["event"] not in gone and pick.random() < 0.7]
+        name: [line for line in content if parsed(line)["event"] not in gone and pick.random() < 0.7]
         for name, content in lines.items()
     }
     reader = RunReader(written(tmp_path_factory.mktemp("some"), kept))
@@ -257,7 +263,7 @@ ODD = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data(), names=st.lists(st.sampled_from([*EVENTS, "no.such.event"]), min_size=1, max_size=25))
 def test_a_field_of_any_type_breaks_neither_story_nor_live_view(data, names):
     story = Story()

@@ -259,7 +259,9 @@ def test_one_that_stays_silent_after_every_restart_is_given_up_and_ended(world):
     assert not running(process.pid)
 
 
-@pytest.mark.parametrize("patience", [60.0, 90.0, 180.0])
+@pytest.mark.parametrize(
+    "patience", [60.0, *(pytest.param(seconds, marks=pytest.mark.slow) for seconds in (90.0, 180.0))]
+)
 def test_silence_is_not_running_well_however_long_the_patience(world, patience):
     silence(world, patience)
     assert world.given_up

@@ -17,7 +17,7 @@ def parts_of(site, size=50):
     return {"head": site.encode(), f"p.{site}": site.encode() * size, "empty": b""}
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(st.permutations(SITES), st.sets(st.sampled_from(SITES)), st.sampled_from([0, 1, 60, 1 << 20]))
 def test_any_arrival_and_any_failures_give_the_sites_own_order(arrival, failed, in_memory):
     folded = []

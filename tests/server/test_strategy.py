@@ -55,7 +55,7 @@ def config(federation, method="fedavg", **params):
     return table_config(method, **params).model_copy(update={"sites": federation.aliases})
 
 
-@pytest.mark.parametrize("method", ["fedavg", "ditto"])
+@pytest.mark.parametrize("method", ["fedavg", pytest.param("ditto", marks=pytest.mark.slow)])
 def test_start_on_a_grid_equals_the_loop(federation, method):
     loop = federation.run(config(federation, method), home="loop")
     grid = SitesGrid(federation.open_sites("grid"))
