@@ -47,7 +47,7 @@ GAMMAS = ("0.001", "0.01")
 CODECS = {
     "raw": (),
     "bf16": ("uplink-codec=bf16",),
-    **{f"stc p={p}": ("uplink-codec=stc", f"uplink-p={p}") for p in ("0.5", "0.1", "0.01")},
+    **{f"stc p={p}": ("uplink-codec=stc", f"uplink-p={p}") for p in ("0.5", "0.1", "0.03", "0.01")},
     **{f"cer γ={g}": ("uplink-codec=cer", f"gamma={g}") for g in GAMMAS},
     "cer γ=0.01 falling": ("uplink-codec=cer", "gamma=0.01", "gamma-schedule=linear"),
     **{

@@ -5,6 +5,7 @@
 Reads what `study` has written so far; what is not there yet is a dash. Writes to `--out`:
 
     tables.md     methods on test cases by task; λ and networks on validation and test cases; codecs with their bytes; also printed
+    splits.png    figures over the unevenness δ of the pictures' labels, a line a method
     lam.png       quality and distance of neighbours over λ (the paper's Fig. 7, 9 and 12)
     bytes.png     quality against bytes up for every codec
 
@@ -17,9 +18,11 @@ import statistics
 import sys
 from pathlib import Path
 
+from matplotlib.ticker import NullFormatter
+
 from experiments.fipa.plots import COLOURS, panels, save
 from experiments.lab import overall, validation
-from experiments.pfednet.study import CODECS, LAMS, METHODS, NETWORKS, RESULTS, ROUNDS
+from experiments.pfednet.study import CODECS, LAMS, METHODS, NETWORKS, RESULTS, ROUNDS, SPLITS
 from experiments.tables import (
     MISSING,
     Result,
@@ -66,6 +69,50 @@ def method_table(results: Results, task: str) -> str:
     every = [run for runs in by_label.values() for run in runs]
     head = ["method", "seeds", "all test cases", *sites, "MB up", "CPU seconds"]
     return f"### {task}: {figure_name(every) or MISSING}, {ROUNDS[task]} rounds\n\n{markdown(head, rows)}"
+
+
+def at_sites(run: Result, figure: str) -> float:
+    """Return the mean over the sites of a figure on test cases."""
+    return statistics.fmean(row[figure] for row in run["test"].values())
+
+
+FIGURES = {
+    "balanced accuracy, all test cases": overall,
+    "accuracy, mean over sites": lambda run: at_sites(run, "accuracy"),
+    "AUC, mean over sites": lambda run: at_sites(run, "auc"),
+}
+
+
+def split_tables(results: Results) -> str:
+    """Return the methods over δ, a table a figure."""
+    parts = []
+    for title, measure in FIGURES.items():
+        rows = [
+            [label, *(spread([measure(run) for run in tagged(results, task, "method", label)]) for task in SPLITS)]
+            for label in METHODS
+        ]  # fmt: skip
+        head = ["method", *(f"δ = {task.removeprefix('split-')}" for task in SPLITS)]
+        parts.append(f"### {title}\n\n{markdown(head, rows)}")
+    return "\n".join(parts)
+
+
+def split_plot(results: Results, path: Path) -> None:
+    """Draw the same, a panel a figure."""
+    figure, axes = panels(1, len(FIGURES), width=3.2, height=3.0)
+    places = range(len(SPLITS))
+    for one, (title, measure) in zip(axes[0], FIGURES.items(), strict=True):
+        for label, colour in zip(METHODS, COLOURS, strict=False):
+            groups = [[measure(run) for run in tagged(results, task, "method", label)] for task in SPLITS]
+            there = [(place, group) for place, group in zip(places, groups, strict=True) if group]
+            one.errorbar(
+                [place for place, _ in there], [statistics.fmean(group) for _, group in there],
+                [deviation(group) for _, group in there], color=colour, marker="o", ms=3.5, lw=1.3, capsize=2, label=label,
+            )  # fmt: skip
+        one.set_xticks(list(places), [task.removeprefix("split-") for task in SPLITS])
+        one.set_title(title, fontsize=9)
+        one.set_xlabel("δ: commoner class to rarer one", fontsize=8)
+        finish(one, legend=one is axes[0][-1], outside=True)
+    save(figure, path)
 
 
 def lam_table(results: Results, task: str) -> str:
@@ -148,6 +195,7 @@ def bytes_plot(results: Results, path: Path) -> None:
             )  # fmt: skip
             shown.add(family)
         one.set_xscale("log")
+        one.xaxis.set_minor_formatter(NullFormatter())
         one.set_title(task, fontsize=9)
         one.set_xlabel("kB up, by site and round", fontsize=8)
         one.set_ylabel(f"{figure_name(every)}, test", fontsize=8)
@@ -163,11 +211,14 @@ def write_tables(results: Results, out: Path) -> str:
     """
     out.mkdir(parents=True, exist_ok=True)
     parts = ["## Methods, test cases\n", *(method_table(results, task) for task in ROUNDS)]
-    parts += ["## λ and the network\n", *(lam_table(results, task) for task in ROUNDS)]
+    parts += ["## Uneven labels\n", split_tables(results)]
+    pointed = {run["tags"]["task"] for run in results.values() if "point" in run["tags"]}
+    parts += ["## λ and the network\n", *(lam_table(results, task) for task in ROUNDS if task in pointed)]
     coded = {run["tags"]["task"] for run in results.values() if "codec" in run["tags"]}
     parts += ["## Codecs\n", *(codec_table(results, task) for task in ROUNDS if task in coded)]
     text = "\n".join(parts)
     (out / "tables.md").write_text(text, encoding="utf-8")
+    split_plot(results, out / "splits.png")
     lam_plot(results, out / "lam.png")
     bytes_plot(results, out / "bytes.png")
     return text
