@@ -57,6 +57,7 @@ docker-test: $(READY)  ## build the images, run trials in containers, break them
 faults: $(READY)  ## break a running federation in every way (half an hour); writes build/faults/, updates docs/reliability.md
 	rm -f build/faults/results.jsonl
 	$(PYTEST) -q tests/faults $(ARGS)
+	$(PYTEST) -q -m faults tests/e2e/test_kits.py $(ARGS)
 	$(BIN)/python -m tests.faults.table docs/reliability.md
 
 soak: $(READY)  ## 300 rounds with three sites: growth of memory, files, processes (build/bench/soak.json)

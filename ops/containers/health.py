@@ -23,6 +23,8 @@ DASHBOARD_SECONDS = 10.0  # it may be reading a long run for the first time
 QUIET_SECONDS = 60.0
 """A SuperNode that is connected hears from the coordinator at least every 15 s (heartbeats), and notes it at least
 every 10 s; longer than this without a new byte means that it is cut off."""
+CLOCK_SECONDS = 1.0
+"""The kernel's time of a start and the clock's may differ by so much."""
 TAIL_BYTES = 16 * 1024
 
 
@@ -85,17 +87,29 @@ def serverapp(ca: Path = places.KEYS / "ca.crt") -> str:
     return tls(places.CONTROL_NAME, places.APPIO_PORT, ca)
 
 
-def site_net(folder: Path = places.NET, now: Callable[[], float] = time.time) -> str:
+def begun() -> float:
+    """Return when this container was started (seconds since the epoch)."""
+    import psutil
+
+    return psutil.Process(1).create_time()
+
+
+def site_net(
+    folder: Path = places.NET, now: Callable[[], float] = time.time, since: Callable[[], float] = begun
+) -> str:
     """Return what is wrong with a site's connection, empty if the coordinator was heard lately.
 
     Args:
         folder: Has the transport events of the SuperNode.
         now: Seconds since the epoch.
+        since: The same; what was heard before does not count. The events outlive a container that is started again and
+            again because the coordinator refuses its key.
     """
     files = sorted(folder.glob("events-*-net.jsonl"))
     if not files:
         return "the SuperNode has not been connected yet"
-    heard = last_heard(tail(files[0]))
+    start = since() - CLOCK_SECONDS
+    heard = last_heard(event for event in tail(files[0]) if float(event.get("t", 0.0)) >= start)
     if heard is None:
         return "the coordinator has not answered yet"
     silent = now() - heard

@@ -95,6 +95,26 @@ class Engine:
         return result
 
 
+KINDS = {"container": ("--all",), "volume": (), "network": ()}
+"""What compose makes for a project, and how to list all of it."""
+
+
+def left(engine, project):
+    """Return what there is of a compose project: (kind, identifier), whatever its profiles and files."""
+    label = f"label=com.docker.compose.project={project}"
+    return [
+        (kind, found)
+        for kind, more in KINDS.items()
+        for found in engine.docker(kind, "ls", *more, "--quiet", "--filter", label).stdout.split()
+    ]
+
+
+def take_away(engine, project):
+    """Remove all there is of a compose project: containers before what they use."""
+    for kind, found in left(engine, project):
+        engine.docker(kind, "rm", "--force", found, check=False)
+
+
 class Stack:
     """The project of compose.yaml under a name and volumes of its own."""
 
@@ -163,4 +183,5 @@ class Stack:
         return self.compose("logs", "--no-color", "--tail", "40", *services, check=False).stdout[-8000:]
 
     def down(self):
-        self.compose("down", "--volumes", "--timeout", "5", check=False)
+        """Take everything away, of every profile: compose leaves what belongs to a profile that is not named."""
+        self.compose("--profile", "*", "down", "--volumes", "--timeout", "5", check=False)

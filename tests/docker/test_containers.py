@@ -220,11 +220,21 @@ def test_a_site_is_healthy_while_bytes_come_from_the_coordinator(tmp_path):
     file = tmp_path / "events-oak-net.jsonl"
     lines = [transport(100.0, 0), transport(110.0, 500), transport(120.0, 900), transport(130.0, 900)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"half')
-    assert checks.site_net(tmp_path, now=lambda: 125.0) == ""
-    assert checks.site_net(tmp_path, now=lambda: 120.0 + checks.QUIET_SECONDS) == ""
-    assert "was heard 61 s ago" in checks.site_net(tmp_path, now=lambda: 121.0 + checks.QUIET_SECONDS)
+    assert checks.site_net(tmp_path, now=lambda: 125.0, since=lambda: 90.0) == ""
+    assert checks.site_net(tmp_path, now=lambda: 120.0 + checks.QUIET_SECONDS, since=lambda: 90.0) == ""
+    assert "was heard 61 s ago" in checks.site_net(
+        tmp_path, now=lambda: 121.0 + checks.QUIET_SECONDS, since=lambda: 90.0
+    )
     file.write_text(json.dumps(transport(100.0, 0)) + "\n")
     assert "has not answered" in checks.site_net(tmp_path)
+
+
+def test_what_a_container_heard_before_it_was_started_again_does_not_count(tmp_path):
+    lines = [json.dumps(transport(t, down)) for t, down in ((100.0, 10), (110.0, 20))]
+    (tmp_path / "events-oak-net.jsonl").write_text("\n".join(lines) + "\n")
+    assert checks.site_net(tmp_path, now=lambda: 115.0, since=lambda: 90.0) == ""
+    assert "has not answered" in checks.site_net(tmp_path, now=lambda: 115.0, since=lambda: 112.0)
+    assert 0 < checks.begun() < time.time()
 
 
 def test_a_new_supernode_counts_from_the_beginning():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -59,9 +60,12 @@ class Hospital:
         lines = text.splitlines()
         return {name.removeprefix("# "): line for name, line in zip(lines[::2], lines[1::2], strict=True)}
 
-    def start(self):
+    def look_up(self):
         self.lines = self.commands()
         assert list(self.lines) == [f"{kind}-{self.alias}" for kind in ("worker", "relay", "supernode")]
+
+    def start(self):
+        self.look_up()
         self.tend()
 
     def tend(self):
@@ -168,6 +172,12 @@ def both(out, after):
     return any(item["round"] > after and len(item["sites"]) == 2 for item in ends)
 
 
+def linked(out):
+    """Whether the SuperLink listens; a SuperNode that calls before may wait half a minute until it calls again."""
+    conducted = events(out, "events-trial.jsonl")
+    return any(item["name"] == "superlink" for item in named(conducted, "process.ready"))
+
+
 def started(out):
     return named(events(out, "events-trial.jsonl"), "process.start")
 
@@ -179,36 +189,77 @@ def alive(out):
     ]
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    made = Project(tmp_path_factory.mktemp("p"))
+@contextmanager
+def provisioned(folder):
+    """A project whose two hospitals are admitted; everything that was started for it ends with it."""
+    made = Project(folder)
     for hospital in made.hospitals:
         approve(hospital.ask(), made.home)
-    yield made
-    for process in BEGUN:  # of a test that failed
-        if process.poll() is None:
-            process.terminate()
-            process.communicate(timeout=60)
-    for hospital in made.hospitals:
-        hospital.stop()
-    release_ports([made.port, int(made.control.rpartition(":")[2]), made.oak.port, made.elm.port])
+    try:
+        yield made
+    finally:
+        while BEGUN:  # of a test that failed
+            process = BEGUN.pop()
+            if process.poll() is None:
+                process.terminate()
+                process.communicate(timeout=60)
+        for hospital in made.hospitals:
+            hospital.stop()
+        release_ports([made.port, int(made.control.rpartition(":")[2]), made.oak.port, made.elm.port])
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    with provisioned(tmp_path_factory.mktemp("p")) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
 def first(project):
-    """Oak waits for its coordinator; elm comes when it has been missed."""
     out = project.folder / "runs" / "first"
-    project.oak.start()
     process = project.begin(out, "--rounds", "2", "--set", "batch_size=8")
-
-    def missed():
-        return any(item["code"] == "waiting" for item in named(events(out, "events-trial.jsonl"), "warning"))
-
-    project.wait(process, missed)
-    assert process.poll() is None, process.communicate()[0]
-    project.elm.start()
+    for hospital in project.hospitals:
+        hospital.look_up()
+    project.wait(process, lambda: linked(out))
+    for hospital in project.hospitals:
+        hospital.tend()
     project.wait(process)
+    for hospital in project.hospitals:
+        hospital.stop()
     return process.returncode, out, process.communicate()[0]
+
+
+@pytest.fixture(scope="module")
+def refused(project, first):
+    """A revoked hospital knocks; then the other one, whose key is its own and approved, says that it is the revoked one."""
+    oak, elm = project.hospitals
+    revoke("elm", project.home, "laptop stolen")
+    out = project.folder / "runs" / "second"
+    process = project.begin(out, "--sites", "oak", "--rounds", "1", "--set", "batch_size=8")
+    file = oak.folder / "site.toml"
+    file.write_text(file.read_text().replace('alias = "oak"', 'alias = "elm"'))
+    honest = oak.lines.pop("supernode-oak")
+    lie = re.sub(r"(site=\W+)oak", r"\1elm", honest)
+    assert lie != honest
+    oak.tend()  # all but its SuperNode: it must not end the run before the other one has knocked
+    elm.lines = {"supernode-elm": elm.lines["supernode-elm"]}
+    project.wait(process, lambda: linked(out))
+    elm.tend()
+    project.wait(process, lambda: ("supernode", 10) in elm.codes)
+    elm.stop()
+    assert process.poll() is None, process.communicate()[0]
+    oak.lines["supernode-oak"] = lie
+    oak.tend()
+    project.wait(process)
+    oak.stop()
+    return process.returncode, out, process.communicate()[0]
+
+
+@pytest.fixture(scope="module")
+def disturbed(tmp_path_factory):
+    """A project of its own, for what takes minutes."""
+    with provisioned(tmp_path_factory.mktemp("d")) as made:
+        yield made
 
 
 def test_two_hospitals_and_a_coordinator_without_data_complete_a_run(first):
@@ -218,7 +269,6 @@ def test_two_hospitals_and_a_coordinator_without_data_complete_a_run(first):
     assert all(set(item["sites"]) == {"oak", "elm"} for item in named(events(out), "round.end"))
     assert load_file(out / "models" / "global.safetensors")
     assert (out / "report.html").stat().st_size > 10_000
-    assert "not connected: elm" in text
     assert not alive(out)
 
 
@@ -233,25 +283,48 @@ def test_the_run_folder_says_which_node_is_which_site(first):
     assert sorted(json.loads((out / "nodes.json").read_text()).values()) == ["elm", "oak"]
 
 
-def test_stopped_resumed_and_a_revoked_site_is_sent_away(project, first):
-    out = project.folder / "runs" / "second"
+def test_a_revoked_key_is_not_let_in(project, refused):
+    assert "does not know this key" in project.elm.log("supernode")
+
+
+def test_a_site_cannot_take_another_ones_name(refused):
+    """Its worker and its SuperNode both say that it is elm."""
+    code, out, text = refused
+    assert code == 5, text
+    assert "oak: says it is 'elm', but its key was approved for 'oak'" in text
+    assert not rounds(out)
+
+
+@pytest.mark.faults
+def test_stopped_resumed_and_a_revoked_site_is_sent_away(disturbed):
+    out = disturbed.folder / "runs" / "second"
     settings = ("--set", "batch_size=8", "--set", "quorum=0.5", "--set", "deadline=60")
-    process = project.begin(out, "--rounds", "500", *settings)
-    project.wait(process, lambda: rounds(out))
+    disturbed.oak.start()
+    process = disturbed.begin(out, "--rounds", "500", *settings)
+
+    def missed():
+        return any(item["code"] == "waiting" for item in named(events(out, "events-trial.jsonl"), "warning"))
+
+    disturbed.wait(process, missed)
+    assert process.poll() is None, process.communicate()[0]
+    disturbed.elm.start()
+    disturbed.wait(process, lambda: rounds(out))
     taken = subprocess.run(
-        project.command("run", "--federation", project.folder / "described", "--listen", "127.0.0.1"),
+        disturbed.command("run", "--federation", disturbed.folder / "described", "--listen", "127.0.0.1"),
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert taken.returncode == 9
-    assert f"port {project.port} cannot be used" in taken.stderr
+    assert f"port {disturbed.port} cannot be used" in taken.stderr
     process.send_signal(signal.SIGINT)
-    project.wait(process)
-    assert process.returncode == 130, process.communicate()[0]
+    disturbed.wait(process)
+    text = process.communicate()[0]
+    assert process.returncode == 130, text
+    assert "not connected: elm" in text
     assert not alive(out)
 
     done = max(rounds(out))
     process = hearing([WARDROUND, "resume", out])
-    project.wait(process, lambda: max(rounds(out)) > done + 1)
+    disturbed.wait(process, lambda: max(rounds(out)) > done + 1)
     assert process.poll() is None, process.communicate()[0]
     assert named(events(out), "run.resume")[-1]["round"] in (done, done - 1)
 
@@ -259,58 +332,42 @@ def test_stopped_resumed_and_a_revoked_site_is_sent_away(project, first):
     link = next(item for item in reversed(started(out)) if item["name"] == "superlink")
     os.kill(link["pid"], signal.SIGKILL)
     done = max(rounds(out))
-    project.wait(process, lambda: both(out, after=done + 1))
+    disturbed.wait(process, lambda: both(out, after=done + 1))
     assert process.poll() is None, process.communicate()[0]
     assert len([item for item in started(out) if item["name"] == "superlink"]) == 3
 
-    revoke("elm", project.home, "laptop stolen")
-    project.wait(process, lambda: ("supernode", 10) in project.elm.codes)
+    revoke("elm", disturbed.home, "laptop stolen")
+    disturbed.wait(process, lambda: ("supernode", 10) in disturbed.elm.codes)
     before = max(rounds(out))
-    project.wait(process, lambda: max(rounds(out)) > before + 1)
+    disturbed.wait(process, lambda: max(rounds(out)) > before + 1)
     assert process.poll() is None, process.communicate()[0]
     assert named(events(out), "round.end")[-1]["sites"] == ["oak"]
-    assert "does not know this key" in project.elm.log("supernode")
+    assert "does not know this key" in disturbed.elm.log("supernode")
     process.send_signal(signal.SIGINT)
-    project.wait(process)
+    disturbed.wait(process)
 
 
-def test_a_run_goes_on_without_the_revoked_site_and_does_not_wait_for_it(project, first):
-    out = project.folder / "runs" / "second"
+@pytest.mark.faults
+def test_a_run_goes_on_without_the_revoked_site_and_does_not_wait_for_it(disturbed):
+    out = disturbed.folder / "runs" / "second"
     done, begun = max(rounds(out)), time.monotonic()
-    process = hearing(project.command("resume", out))
-    project.wait(process, lambda: max(rounds(out)) > done + 1)
+    process = hearing(disturbed.command("resume", out))
+    disturbed.wait(process, lambda: max(rounds(out)) > done + 1)
     assert time.monotonic() - begun < 120  # ready_timeout is 300 s
     process.send_signal(signal.SIGINT)
-    project.wait(process)
+    disturbed.wait(process)
     assert named(events(out), "round.end")[-1]["sites"] == ["oak"]
     assert "elm refused (credential)" in process.communicate()[0]
 
 
-def test_a_site_that_never_comes_is_named_with_what_to_do(project, first):
-    project.elm.stop()
-    project.oak.stop()
-    out = project.folder / "runs" / "third"
-    process = project.begin(out, "--sites", "oak", "--set", "ready_timeout=3")
-    project.wait(process)
+@pytest.mark.faults
+def test_a_site_that_never_comes_is_named_with_what_to_do(disturbed):
+    disturbed.elm.stop()
+    disturbed.oak.stop()
+    out = disturbed.folder / "runs" / "third"
+    process = disturbed.begin(out, "--sites", "oak", "--set", "ready_timeout=3")
+    disturbed.wait(process)
     text = process.communicate()[0]
     assert process.returncode == 8, text
     assert "Never connected: oak. There: start the command lines" in text
-    assert f"out to 127.0.0.1:{project.port}" in text
-
-
-def test_a_site_cannot_take_another_ones_name(project, first):
-    """Its key is its own and approved; its worker and its SuperNode both say that it is elm."""
-    project.oak.stop()
-    file = project.oak.folder / "site.toml"
-    file.write_text(file.read_text().replace('alias = "oak"', 'alias = "elm"'))
-    honest = project.oak.lines["supernode-oak"]
-    project.oak.lines["supernode-oak"] = re.sub(r"(site=\W+)oak", r"\1elm", honest)
-    assert project.oak.lines["supernode-oak"] != honest
-    project.oak.tend()
-    out = project.folder / "runs" / "fourth"
-    process = project.begin(out, "--sites", "oak", "--rounds", "1")
-    project.wait(process)
-    text = process.communicate()[0]
-    assert process.returncode == 5, text
-    assert "oak: says it is 'elm', but its key was approved for 'oak'" in text
-    assert not rounds(out)
+    assert f"out to 127.0.0.1:{disturbed.port}" in text
