@@ -29,7 +29,7 @@ from ops.story_reader import CONFIG_FILE, EVENT_FILES, RunReader, check_run_fold
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Names of run folders that are shown: they need no escaping in an address, a page or a label."""
 MOST_RUNS = 500
-MOST_BYTES = 512 * 1024 * 1024
+MOST_BYTES = 64 * 1024 * 1024
 LEAST_SECONDS = 1.0
 BUDGET_SECONDS = 3.0
 PATIENCE_SECONDS = 60.0

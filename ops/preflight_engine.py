@@ -142,7 +142,7 @@ def _engine(info: Mapping[str, Any]) -> Engine:
         runtimes=tuple(sorted(info.get("Runtimes") or {})),
         system=str(info.get("OSType") or "linux"),
         shifted=any(option.startswith(("name=rootless", "name=userns")) for option in options),
-        cdi=bool(info.get("CDISpecDirs")),
+        cdi=any("nvidia.com/gpu" in str(device) for device in info.get("DiscoveredDevices") or ()),
     )
 
 
@@ -180,27 +180,29 @@ def check_images(images: Mapping[str, str], version: str, run: Run = run_program
         run: Runs docker.
     """
     missing, other = [], []
+    here = ", ".join(images.values())  # a registry's name is the hospital's
     for image in images.values():
         form = f'{{{{index .Config.Labels "{LABEL}"}}}}'
         asked = run(["docker", "image", "inspect", "--format", form, image], CALL_SECONDS)
         label = asked.out.strip()
         if asked.code:
-            missing.append(image)
+            missing.append(image.rpartition("/")[2])
         elif label != version:
-            other.append(f"{image} ({label[:40] or 'no version'})")
+            other.append(f"{image.rpartition('/')[2]} ({label[:40] or 'no version'})")
     if missing:
         return fail(
             "images", f"Not on this machine: {', '.join(missing)}.",
             "Bring them here: `docker load -i FILE` with what the coordinator handed over, or `docker pull`, with "
-            "WARDROUND_IMAGES set to the registry's prefix. Nothing is fetched by itself.",
+            "WARDROUND_IMAGES set to the registry's prefix. Nothing is fetched by itself.", here,
         )  # fmt: skip
     if other:
         return fail(
             "images", f"Of another version than {version}: {', '.join(other)}.",
-            "Load the images of this version, or set WARDROUND_VERSION to the one that the coordinator uses.",
+            "Load the images of this version, or set WARDROUND_VERSION to the one that the coordinator uses.", here,
             kind=MismatchError,
         )  # fmt: skip
-    return ok("images", f"{' and '.join(images.values())} are here.")
+    names = " and ".join(image.rpartition("/")[2] for image in images.values())
+    return ok("images", f"{names} are here.", here)
 
 
 def check_memory(engine: Engine, environ: Mapping[str, str]) -> Finding:

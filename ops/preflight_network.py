@@ -186,6 +186,13 @@ def _proxy_refusal(route: Route, error: ProxyRefused, here: str) -> Finding:
             "Correct the variable, or name the server in no_proxy.",
         )
     which = route.proxy.variable if route.proxy else ""
+    if error.status in (502, 503, 504):  # it lets us through, and nobody answered there
+        return warn(
+            "connection",
+            f"The proxy ({which}) cannot reach {route.server} (status {error.status}): most often no run is under way.",
+            "Ask the coordinator whether a run is under way; the site connects by itself when one begins. If one is: let "
+            f"whoever runs the proxy allow CONNECT to {route.server}.", f"{here}: {error}",
+        )  # fmt: skip
     return fail("connection", f"The proxy ({which}) {found}.", remedy, f"{here}: {error}")
 
 

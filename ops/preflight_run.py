@@ -67,7 +67,12 @@ class Installation:
 
 def is_kit(folder: Path) -> bool:
     """Return whether a folder is a kit, perhaps a broken one, and not a data folder."""
-    return any((folder / name).is_file() for name in (LIST, SIGNATURE))
+    try:
+        return any((folder / name).is_file() for name in (LIST, SIGNATURE))
+    except OSError as error:
+        raise ConfigError(
+            "This account may not look into the folder. Run this command as root.", detail=str(error)
+        ) from error
 
 
 def route_of(kit: Kit, environ: Mapping[str, str]) -> Route:

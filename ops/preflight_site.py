@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -118,7 +120,10 @@ def check_key(kit: Kit | None, keys: Path | None, *, shifted: bool = False) -> F
         return skipped("key", "The kit is not in order.")
     home = key_folder(kit, keys)
     alias = kit.about.alias
-    if not home.exists():
+    there = exists(home)
+    if there is None:
+        return fail("key", "This account may not look at the key.", AS_ROOT, str(home), CredentialError)
+    if not there:
         remedy = f"Make it and the request for admission: `wardround site request {alias}`."
         return fail("key", f"Site {alias} has no key yet.", remedy, str(home), CredentialError)
     if not os.access(home, os.R_OK | os.X_OK):
@@ -158,7 +163,10 @@ def check_config(path: Path, alias: str, *, shifted: bool = False) -> tuple[Find
     """
     from client.site_config import read_site_config
 
-    if not path.exists():
+    there = exists(path)
+    if there is None:
+        return fail("site.toml", "This account may not look at it.", AS_ROOT, str(path), ConfigError), None
+    if not there:
         remedy = (
             "Copy the kit's template (`cp KIT/site.toml site.toml`), edit the copy, or give it with --config."
         )
@@ -167,7 +175,10 @@ def check_config(path: Path, alias: str, *, shifted: bool = False) -> tuple[Find
         config = read_site_config(path)
         closed, unknown = unreadable([path])
     except WardroundError as error:
-        return failed("site.toml", error, "Correct it; docs/security.md has every key."), None
+        finding = failed("site.toml", error, "Correct it; docs/security.md has every key.")
+        # what was got may be a name or a path of the hospital: for this terminal alone
+        found = re.sub(r",? got .*", ".", finding.found, flags=re.DOTALL)
+        return replace(finding, found=found, detail=error.message), None
     except OSError as error:
         return fail("site.toml", "It cannot be read.", AS_ROOT, str(error), ConfigError), None
     wrong = [
@@ -213,8 +224,8 @@ def check_policy(config: SiteConfig | None) -> Finding:
     said += f"; at most {policy.max_out_mb:g} MB a round" if policy.max_out_mb else "; no limit of size"
     said += f"; figures from {privacy.metrics_min_cases} case(s)" if privacy.metrics else "; no figures"
     said += f"; summary {privacy.summary}."
-    if all("*" in getattr(policy, name) for name in words):
-        remedy = "Decide it in [policy]: everything may leave as it stands (docs/security.md)."
+    if "*" in policy.methods and "*" in policy.kinds and policy.min_cases == 1 and not policy.max_out_mb:
+        remedy = "Nothing was narrowed yet: decide [policy] in site.toml (docs/security.md)."
         return warn("policy", f"May leave: {said}", remedy)
     return ok("policy", f"May leave: {said}")
 
@@ -234,6 +245,8 @@ def check_data(folder: Path, alias: str, *, shifted: bool = False) -> Finding:
     from common.dataset_json import DATASET_FILE, read_dataset_json
 
     site, here = alias or "site", str(folder)
+    if exists(folder) is None:
+        return warn("data", "This account may not look into the data folder.", AS_ROOT, here)
     if not folder.is_dir():
         return fail("data", "The data folder is not there.", "Give it with --data.", here, DataError)
     if not os.access(folder, os.R_OK | os.X_OK):
@@ -248,7 +261,7 @@ def check_data(folder: Path, alias: str, *, shifted: bool = False) -> Finding:
         if finding is not None:
             return finding
         closed, unknown = unreadable(
-            [folder, folder / DATASET_FILE, *{path.parent for path in paths}, *paths]
+            [folder, folder / DATASET_FILE, *sorted(_folders(folder, paths)), *paths]
         )
     except WardroundError as error:
         return failed("data", error, "Correct dataset.json (docs/data.md).")
@@ -270,6 +283,25 @@ def _label(label: str | int | None) -> tuple[str, ...]:
     return (label,) if isinstance(label, str) and label else ()
 
 
+def exists(path: Path) -> bool | None:
+    """Return whether something is there, none where this account may not look."""
+    try:
+        return path.exists()
+    except OSError:
+        return None
+
+
+def _folders(folder: Path, paths: list[Path]) -> set[Path]:
+    """Return the folders between the data folder and its files: the containers' user must enter each."""
+    return {up for path in paths for up in path.parents if up != folder and up.is_relative_to(folder)}
+
+
+def _by_full_path(folder: Path, path: Path) -> bool:
+    """Return whether a file, or a folder on its way, is a link with a full path: the container has it elsewhere."""
+    places_ = (path, *_folders(folder, [path]))
+    return any(place.is_symlink() and os.path.isabs(os.readlink(place)) for place in places_)
+
+
 def _files(folder: Path, paths: list[Path]) -> Finding | None:
     """Return what is wrong with listed files, none if all are there and inside the folder."""
     missing = [path for path in paths if not path.exists()]
@@ -277,9 +309,11 @@ def _files(folder: Path, paths: list[Path]) -> Finding | None:
         found = f"{len(missing)} of {len(paths)} files that dataset.json lists are not there."
         return fail("data", found, "Bring them, or take them off the list.", str(missing[0]), DataError)
     home = folder.resolve()
-    outside = [path for path in paths if not path.resolve().is_relative_to(home)]
+    outside = [
+        path for path in paths if not path.resolve().is_relative_to(home) or _by_full_path(folder, path)
+    ]
     if outside:
-        found = f"{len(outside)} of {len(paths)} listed files are links that lead out of the folder."
+        found = f"{len(outside)} of {len(paths)} listed files are links that lead out of the folder, or have a full path."
         remedy = "The container has only this folder: put the files themselves into it."
         return fail("data", found, remedy, str(outside[0]), DataError)
     return None
@@ -295,7 +329,7 @@ def check_cases(folder: Path, alias: str, command: str) -> Finding:
     """
     if importlib.util.find_spec("monai") is None:
         found = "This machine has wardround without what reads images (pip install 'wardround[worker]')."
-        return warn("cases", found, f"Let the worker's image do it: {command}")
+        return warn("cases", found, "Let the worker's image do it, by the command shown here.", command)
     from client.data.check import check_site
 
     found_here = check_site(folder, alias or "site", None)

@@ -231,7 +231,7 @@ def _updated(config: ProjectConfig, project: Project, *, renew: bool, reissue: S
     lost = []
     for alias, site in project.sites.items():
         host, at = split_address(site.server)
-        if alias not in reissue and (host not in names or at != port):
+        if (alias in known or site.public_key) and alias not in reissue and (host not in names or at != port):
             lost.append(alias)
     if lost:
         raise ConfigError(
@@ -317,7 +317,8 @@ def _summary(
         folder / "coordinator" / CA, "The authority's certificate"
     ).not_valid_after_utc
     warnings = expiry_warnings(until, authority)
-    gone = sorted(project.sites.keys() - {site.alias for site in config.sites})
+    listed = {site.alias for site in config.sites}
+    gone = sorted(alias for alias, site in project.sites.items() if site.public_key and alias not in listed)
     if gone:
         warnings.append(
             f"project.toml no longer has {', '.join(gone)}, which keep their place: `wardround site revoke` takes a key away."

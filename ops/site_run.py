@@ -37,8 +37,7 @@ _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # compose writes some even in
 _HEARD = (
     "import json, time\n"
     "from ops.containers import health, places\n"
-    "files = sorted(places.NET.glob('events-*-net.jsonl'))\n"
-    "heard = health.last_heard(health.tail(files[0])) if files else None\n"
+    "heard = health.heard_at(places.NET, health.begun())\n"
     "ago = None if heard is None else max(time.time() - heard, 0.0)\n"
     "print(json.dumps({'wrong': health.site_net(), 'ago': ago}))\n"
 )

@@ -91,7 +91,27 @@ def begun() -> float:
     """Return when this container was started (seconds since the epoch)."""
     import psutil
 
-    return psutil.Process(1).create_time()
+    # In a Kubernetes pod process 1 is the pod's, and older than a container that was started again.
+    own = [
+        process.info["create_time"]
+        for process in psutil.process_iter(["cmdline", "create_time"])
+        if "ops.containers.site_net" in (process.info["cmdline"] or ())
+    ]
+    return float(min(own)) if own else psutil.Process(1).create_time()
+
+
+def heard_at(folder: Path, start: float) -> float | None:
+    """Return when the coordinator was heard last since a start, none if it was not (seconds since the epoch).
+
+    Args:
+        folder: Has the transport events; a volume may keep those of an earlier alias, so the newest file counts.
+        start: The events outlive a container that is started again and again because the coordinator refuses its key:
+            what was heard before does not count.
+    """
+    file = max(folder.glob("events-*-net.jsonl"), key=lambda path: path.stat().st_mtime, default=None)
+    if file is None:
+        return None
+    return last_heard(event for event in tail(file) if float(event.get("t", 0.0)) >= start - CLOCK_SECONDS)
 
 
 def site_net(
@@ -102,14 +122,11 @@ def site_net(
     Args:
         folder: Has the transport events of the SuperNode.
         now: Seconds since the epoch.
-        since: The same; what was heard before does not count. The events outlive a container that is started again and
-            again because the coordinator refuses its key.
+        since: The same; what was heard before does not count.
     """
-    files = sorted(folder.glob("events-*-net.jsonl"))
-    if not files:
+    if not any(folder.glob("events-*-net.jsonl")):
         return "the SuperNode has not been connected yet"
-    start = since() - CLOCK_SECONDS
-    heard = last_heard(event for event in tail(files[0]) if float(event.get("t", 0.0)) >= start)
+    heard = heard_at(folder, since())
     if heard is None:
         return "the coordinator has not answered yet"
     silent = now() - heard

@@ -7,6 +7,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import docker
+
 ROOT = Path(__file__).resolve().parents[2]
 SITES = ("hospital-1", "hospital-2", "hospital-3")
 TINY = {
@@ -56,6 +58,7 @@ class Engine:
             raise NoEngine(f"`docker version` says: {found.stderr.strip()[-200:]}")
         if self.docker("compose", "version", check=False).returncode:
             raise NoEngine("the `docker` command has no compose plugin")
+        self.api = docker.DockerClient(base_url=self.env.get("DOCKER_HOST"), timeout=60)
 
     def _start(self, script, folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +79,7 @@ class Engine:
         raise NoEngine(f"{script.name} failed: {(folder / 'engine.log').read_text()[-300:]}")
 
     def close(self):
+        self.api.close()
         if self._shell is not None:
             self._shell.communicate("stop\n", timeout=60)
 
@@ -136,7 +140,7 @@ class Stack:
         return f"{self.name}-{service}-1"
 
     def inspect(self, service):
-        return json.loads(self.engine.docker("inspect", self.container(service)).stdout)[0]
+        return self.engine.api.containers.get(self.container(service)).attrs
 
     def python(self, service, code, check=True):
         """Run Python in a running container and return what it printed."""

@@ -78,7 +78,7 @@ def running(stack, first):
 def test_images_are_small_named_and_without_what_they_do_not_need(stack):
     sizes = {}
     for name, tag in tags(stack).items():
-        image = json.loads(stack.engine.docker("image", "inspect", tag).stdout)[0]
+        image = stack.engine.api.images.get(tag).attrs
         config = image["Config"]
         assert config["User"] == "10001:10001"
         assert config["Labels"]["org.opencontainers.image.version"] == common.__version__
@@ -221,12 +221,12 @@ def test_a_killed_worker_comes_back(running):
 
 def test_a_cut_network_heals(running):
     network, container = f"{running.name}_hospital-2", running.container("site-net-2")
-    running.engine.docker("network", "disconnect", network, container)
+    running.engine.api.networks.get(network).disconnect(container)
     time.sleep(3)  # what was under way has arrived
     cut = time.time()
     time.sleep(8)
     end, done = time.time(), len(set(rounds(running, "second")))
-    running.engine.docker("network", "connect", network, container)
+    running.engine.api.networks.get(network).connect(container)
     heard = [e for e in running.events("second") if e["event"] == "site.reply" and e["site"] == "hospital-2"]
     assert heard
     assert not [event for event in heard if cut < event["t"] < end]

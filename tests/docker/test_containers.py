@@ -1,6 +1,7 @@
 """What the containers' programs do before and around Flower; no engine needed."""
 
 import json
+import os
 import signal
 import socket
 import ssl
@@ -235,6 +236,14 @@ def test_what_a_container_heard_before_it_was_started_again_does_not_count(tmp_p
     assert checks.site_net(tmp_path, now=lambda: 115.0, since=lambda: 90.0) == ""
     assert "has not answered" in checks.site_net(tmp_path, now=lambda: 115.0, since=lambda: 112.0)
     assert 0 < checks.begun() < time.time()
+
+
+def test_events_of_an_earlier_alias_in_the_volume_do_not_count(tmp_path):
+    old, new = (tmp_path / f"events-{alias}-net.jsonl" for alias in ("elm", "oak"))
+    old.write_text(json.dumps(transport(10.0, 10)) + "\n")
+    new.write_text("".join(json.dumps(transport(t, down)) + "\n" for t, down in ((100.0, 10), (110.0, 20))))
+    os.utime(old, (10.0, 10.0))
+    assert checks.site_net(tmp_path, now=lambda: 115.0, since=lambda: 0.0) == ""
 
 
 def test_a_new_supernode_counts_from_the_beginning():

@@ -106,16 +106,19 @@ def test_versions(text, expected):
 
 def test_images():
     programs = Programs()
-    assert check_images(IMAGES, "0.1.0", programs).mark == "ok"
+    there = check_images(IMAGES, "0.1.0", programs)
+    assert there.mark == "ok"
+    assert "wardround/" not in there.found  # a registry's name is the hospital's: for this terminal alone
+    assert "wardround/worker:0.1.0" in there.detail
     assert all("org.opencontainers.image.version" in call for call in programs.calls)
     other = check_images(IMAGES, "0.2.0", programs)
     assert other.exit_code == MismatchError.exit_code
-    assert "wardround/worker:0.1.0 (0.1.0)" in other.found
+    assert "worker:0.1.0 (0.1.0)" in other.found
     programs.answers["docker image inspect"] = Answer(0, "<no value>\n")
     assert "<no value>" in check_images(IMAGES, "0.1.0", programs).found
     programs.answers["docker image inspect"] = Answer(1, err="Error: No such image")
     missing = check_images(IMAGES, "0.1.0", programs)
-    assert "Not on this machine: wardround/site-net:0.1.0, wardround/worker:0.1.0." in missing.found
+    assert "Not on this machine: site-net:0.1.0, worker:0.1.0." in missing.found
     assert "docker load" in missing.remedy
 
 

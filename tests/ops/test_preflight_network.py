@@ -206,9 +206,11 @@ def test_proxy_with_a_password_that_is_never_shown(right):
 def test_proxy_that_refuses(status, said):
     with listening(proxy([], status=status)) as at:
         found = check_connection(Route("fl.example.org", 9092, parse_proxy(f"127.0.0.1:{at}", "https_proxy")))
-    assert found.mark == "fail"
+    assert found.mark == (
+        "warn" if b"502" in status else "fail"
+    )  # 502: the proxy lets through, no run is under way
     assert said in found.found
-    assert "no_proxy" in found.remedy
+    assert ("connects by itself" if b"502" in status else "no_proxy") in found.remedy
 
 
 def test_something_else_than_a_proxy():

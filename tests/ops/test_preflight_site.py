@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError, CredentialError, DataError, MismatchError
+from ops.preflight_run import is_kit
 from ops.preflight_site import (
     UID,
     check_config,
@@ -191,7 +192,7 @@ def test_kit_with_its_key(tmp_path):
 def test_config(place):
     found, config = check_config(place.config_place, "oak")
     assert found.mark == "ok"
-    assert check_policy(config).mark == "ok"  # the template lets only labels out as sketches
+    assert check_policy(config).mark == "warn"  # the template as it came: nothing was decided
     assert check_config(place.kit.parent / "none.toml", "oak")[0].exit_code == ConfigError.exit_code
     other = check_config(place.config_place, "elm")[0]
     assert "for 'oak', the kit for 'elm'" in other.found
@@ -234,11 +235,58 @@ def test_policy_in_one_line(place):
         "methods fedavg, ditto; kinds all; sketches labels; from 20 training case(s); at most 50 MB a round"
     )
     assert expected in found.found
+    assert found.mark == "ok"
+    edit(place.config_place, "min_cases = 20 ", "min_cases = 1 ")
+    edit(place.config_place, "max_out_mb = 50 ", "max_out_mb = 0 ")
+    assert check_policy(check_config(place.config_place, "oak")[1]).mark == "ok"  # two methods were chosen
     edit(place.config_place, 'methods = ["fedavg", "ditto"]', 'methods = ["*"]')
-    edit(place.config_place, 'sketches = ["labels"]', 'sketches = ["*"]')
     everything = check_policy(check_config(place.config_place, "oak")[1])
     assert everything.mark == "warn"
     assert "[policy]" in everything.remedy
+
+
+def test_what_a_wrong_value_was_is_for_this_terminal_alone(place):
+    edit(place.config_place, 'device = "auto"', 'device = "St Mary Hospital"')
+    found, config = check_config(place.config_place, "oak")
+    assert (found.mark, config) == ("fail", None)
+    assert "St Mary" not in found.found + found.remedy
+    assert "St Mary" in found.detail
+
+
+@needs_root
+def test_what_this_account_may_not_look_at_is_no_traceback(place):
+    closed = place.kit.parent / "closed"
+    closed.mkdir(mode=0o700)
+    os.seteuid(65534)
+    try:
+        assert check_data(closed / "data", "oak").mark == "warn"
+        assert check_config(closed / "site.toml", "oak")[0].remedy.startswith("Run this command as root")
+        with pytest.raises(ConfigError, match="as root"):
+            is_kit(closed / "kit")
+    finally:
+        os.seteuid(0)
+
+
+@needs_root
+def test_data_below_a_closed_folder_or_behind_a_full_path(place):
+    dataset = json.loads((place.data_place / "dataset.json").read_text())
+    image = place.data_place / dataset["training"][0]["image"]
+    deep = image.parent / "sub"
+    deep.mkdir()
+    image.rename(deep / image.name)
+    dataset["training"][0]["image"] = str((deep / image.name).relative_to(place.data_place))
+    (place.data_place / "dataset.json").write_text(json.dumps(dataset))
+    assert check_data(place.data_place, "oak").mark == "ok"
+    image.parent.chmod(0o700)
+    assert "may not read the data" in check_data(place.data_place, "oak").found
+    image.parent.chmod(0o755)
+    real = place.data_place / "real.bin"
+    (deep / image.name).rename(real)
+    (deep / image.name).symlink_to(real)
+    assert "have a full path" in check_data(place.data_place, "oak").found
+    (deep / image.name).unlink()
+    (deep / image.name).symlink_to(os.path.relpath(real, deep))
+    assert check_data(place.data_place, "oak").mark == "ok"
 
 
 # data

@@ -220,11 +220,19 @@ def test_the_question_in_the_container_is_the_health_checks_own(tmp_path, monkey
     ]
     (tmp_path / "events-oak-net.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(places, "NET", tmp_path)
-    monkeypatch.setattr(health.site_net, "__defaults__", (tmp_path, time.time))
+    monkeypatch.setattr(health, "begun", lambda: now - 100)
+    monkeypatch.setattr(health.site_net, "__defaults__", (tmp_path, time.time, health.begun))
     exec(compile(_HEARD, "heard", "exec"), {})
     answer = json.loads(capsys.readouterr().out)
     assert 79 < answer["ago"] < 82
     assert answer["wrong"].startswith("the coordinator was heard 8")
+    monkeypatch.setattr(health, "begun", lambda: now - 60)
+    monkeypatch.setattr(health.site_net, "__defaults__", (tmp_path, time.time, health.begun))
+    exec(compile(_HEARD, "heard", "exec"), {})
+    assert json.loads(capsys.readouterr().out) == {
+        "wrong": "the coordinator has not answered yet",
+        "ago": None,
+    }
 
 
 def test_last_error_of_our_own_in_a_log():
