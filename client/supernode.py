@@ -182,9 +182,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # also where the log cannot be written
+        os._exit(code)
 
 
 def _run(arguments: Sequence[str] | None) -> int:

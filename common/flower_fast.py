@@ -15,7 +15,7 @@ says so, and Flower then works at its own pace. Nothing here changes what travel
 | telemetry that is switched off | starts `file` | nothing | every start and end of a process |
 | two missed heartbeats, after which a SuperNode is gone | 60 s | 30 s | a site whose SuperNode was killed |
 | SuperNode after a message that got lost half-way | for ever | goes on | a site, until it is restarted |
-| ServerApp for the rest of an answer whose sender is gone | 7200 s | 120 s without any of it | the round, all sites |
+| ServerApp for the rest of an answer whose sender is gone | 7200 s | 180 s without any of it | the round, all sites |
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ RETRY_SECONDS = 0.05
 RETRY_CAP_SECONDS = 0.5
 LOG_FLUSH_SECONDS = 0.5
 HEARTBEAT_SECONDS = 15
-STALLED_SECONDS = 120.0
-"""Objects have 5 MB at most: a line that needs longer for one carries less than 0.4 Mbit/s."""
+STALLED_SECONDS = 180.0
+"""Two objects of 5 MiB travel at a time: a site that needs longer for them has less than 0.5 Mbit/s to itself."""
 RETRIES = 20_000
 """Flower gives an object up after 500 tries or 7200 s; with short waits only the second limit may count."""
 

@@ -22,7 +22,7 @@ from common.errors import CancelledError, ProcessError, WardroundError, WorkerEr
 from common.events import EventLog
 from ops.control import ControlClient, bundle, register
 from ops.flower_commands import Addresses, Transport, server_superexec, superlink
-from ops.pki import TrialPki
+from ops.pki import TrialPki, load_public_pem
 from ops.plan import Plan
 from ops.processes import ProcessGroup
 from ops.story_reader import Tail
@@ -123,11 +123,15 @@ class Coordinator:
         """
         self._keys = keys
         with self._unless_link_died():
-            nodes = register(self.control, keys)
-            write_nodes(self._plan.out, nodes)  # first: who is revoked is not asked from now on
-            for node in self.control.nodes():
-                if node.node_id not in nodes:
+            wanted = {load_public_pem(path, site=alias): alias for alias, path in keys.items()}
+            known = self.control.nodes()
+            # Revocations first: a key that is not taken must not hold them up, and who is revoked is not asked from now on.
+            stay = {node.node_id: wanted[node.public_key] for node in known if node.public_key in wanted}
+            write_nodes(self._plan.out, stay)
+            for node in known:
+                if node.node_id not in stay:
                     self.control.unregister(node.node_id)
+            self.register()
             return True
         return False
 

@@ -18,7 +18,7 @@ from typing import Any
 import common
 from client.site_config import read_site_config
 from common.config import RunConfig
-from common.errors import ConfigError, DataError, nearest
+from common.errors import ConfigError, DataError, StorageError, nearest
 from common.federation import FEDERATION_FILE, Federation, find_sites, read_federation, read_federation_file
 from common.method import Method, RoundContext, make_halves
 from common.methods import get_method
@@ -28,6 +28,7 @@ from common.tasks import get_task
 from ops.flower_commands import Transport
 from ops.options import DEFAULT, Options
 
+LOCK_FILE = ".lock"
 DEFAULT_SITES = 3
 DEFAULT_SUBJECTS = 10
 
@@ -266,16 +267,23 @@ def new_run_folder(options: Options) -> Path:
 
     Raises:
         ConfigError: It holds another run already.
+        StorageError: It cannot be made.
     """
     out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.method}"
-    if out.exists() and not out.is_dir():
-        raise ConfigError("--out names a file. Choose a folder.", detail=str(out))
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(
-            "The run folder is not empty; a run never overwrites another. Choose another --out.",
-            detail=str(out),
-        )
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        if out.exists() and not out.is_dir():
+            raise ConfigError("--out names a file. Choose a folder.", detail=str(out))
+        if out.exists() and any(item.name != LOCK_FILE for item in out.iterdir()):
+            raise ConfigError(
+                "The run folder is not empty; a run never overwrites another. Choose another --out.",
+                detail=str(out),
+            )
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"The run folder cannot be made ({error.strerror or 'unknown reason'}): give the folder above it to the user that "
+            "runs this (a container's user is 10001: `sudo chown 10001 FOLDER`).", detail=str(error),
+        ) from error  # fmt: skip
     return out.resolve()
 
 

@@ -16,7 +16,15 @@ from typing import Any
 
 from rich.console import Console
 
-from common.errors import ConfigError, MismatchError, ProcessError, QuorumError, StorageError
+from common.errors import (
+    ConfigError,
+    CredentialError,
+    MismatchError,
+    ProcessError,
+    QuorumError,
+    StorageError,
+    WardroundError,
+)
 from common.events import EventLog
 from ops.admission import Watch, check_server, check_still_admitted, choose_admitted, copy_keys, credentials
 from ops.arrivals import Arrivals
@@ -126,6 +134,7 @@ class ProjectRun:
         self._watch = Watch(place.project)
         self._coordinator: Coordinator | None = None
         self._pki: TrialPki | None = None
+        self._changed: Project | None = None
         self._readmit: Mapping[str, Path] | None = None
         self._readmit_at = 0.0
         self._blind = False
@@ -182,11 +191,9 @@ class ProjectRun:
 
     def _follow_project(self, coordinator: Coordinator) -> None:
         """Let the SuperLink know who was approved or revoked since."""
-        if (project := self._watch.changed()) is not None:
-            keys = copy_keys(project, self.plan.out / KEYS_FOLDER)
-            self._tell_change({*self._names.values()}, set(keys))
-            self._admit(keys)
-            self._readmit, self._readmit_at = keys, 0.0
+        self._changed = self._watch.changed() or self._changed
+        if self._changed is not None:
+            self._take_change(self._changed)
         if self._watch.blind != self._blind:
             self._blind = self._watch.blind
             if self._blind:
@@ -194,23 +201,44 @@ class ProjectRun:
         if self._readmit is not None and time.monotonic() >= self._readmit_at:
             self._tell_link(coordinator, self._readmit)
 
+    def _take_change(self, project: Project) -> None:
+        """Note who is admitted now; on a volume that is full, again and again until it can be written."""
+        if self._readmit is None and time.monotonic() < self._readmit_at:
+            return
+        try:
+            keys = copy_keys(project, self.plan.out / KEYS_FOLDER)
+        except StorageError as error:
+            if not self._readmit_at:
+                self.events.emit("warning", code=error.code, message=UNTOLD)
+            self._readmit_at = time.monotonic() + READMIT_SECONDS
+            return
+        before = {alias: pem for pem, alias in self._names.items()}
+        self._admit(keys)
+        self._tell_change(before, {alias: pem for pem, alias in self._names.items()})
+        self._changed, self._readmit, self._readmit_at = None, keys, 0.0
+
     def _tell_link(self, coordinator: Coordinator, keys: Mapping[str, Path]) -> None:
         """Let the SuperLink know the admitted keys, again and again until it takes them: a run is not ended for it."""
         try:
             if coordinator.readmit(keys):
                 self._readmit = None
-        except ProcessError as error:
+        except WardroundError as error:
             if not self._readmit_at:
                 self.events.emit("warning", code=error.code, message=UNTOLD)
             self._readmit_at = time.monotonic() + READMIT_SECONDS
 
-    def _tell_change(self, before: set[str], now: set[str]) -> None:
-        for alias in sorted(before - now):
+    def _tell_change(self, before: Mapping[str, bytes], now: Mapping[str, bytes]) -> None:
+        for alias in sorted(alias for alias in now if before.get(alias, now[alias]) != now[alias]):
+            self.events.emit(
+                "warning", site=alias, code="admitted",
+                message=f"{alias}: its key was replaced; the old one is not let in any more.",
+            )  # fmt: skip
+        for alias in sorted(before.keys() - now.keys()):
             self.events.emit(
                 "warning", site=alias, code="revoked",
                 message=f"{alias}: its key was revoked; it is not let in any more.",
             )  # fmt: skip
-        for alias in sorted(now - before):
+        for alias in sorted(now.keys() - before.keys()):
             there = (
                 "it may connect now" if alias in self.plan.config.sites else "it takes part in the next run"
             )
@@ -225,7 +253,7 @@ class ProjectRun:
         self._nodes_at = time.monotonic() + NODES_SECONDS
         try:
             nodes = coordinator.control.nodes()
-        except ProcessError:
+        except (ProcessError, CredentialError):  # a SuperLink that is ending breaks off handshakes, too
             return
         self.arrivals.connected(
             {self._names[node.public_key] for node in nodes if node.online and node.public_key in self._names}
@@ -244,11 +272,14 @@ class ProjectRun:
         never = self.arrivals.never
         if end.get("verdict") == "ok" or end.get("code") not in NOT_THERE or not never:
             return end
-        server = read_project(self.place.project).server
+        try:
+            server = read_project(self.place.project).server
+        except WardroundError:  # it can be unreadable by now: the run's own verdict counts
+            return end
         told = (
             f"Never connected: {', '.join(never)}. There: start the command lines of `wardround site commands` (or the "
-            f"containers), read the SuperNode's log, and let the firewall pass connections out to {server}. Then: "
-            "`wardround resume` with this run folder."
+            f"containers), read the SuperNode's log, and let the firewall pass connections out to {server}. Then let the run "
+            "go on."
         )
         return {**end, "message": f"{end.get('message', '')} {told}".strip()}
 
@@ -295,6 +326,7 @@ def run_project(
     plan.out = new_run_folder(options)
     plan.transport, plan.command = transport, command
     plan.notes.update(place.note())
+    plan.notes["authority"] = read_project(place.project).authority
     with holding(plan.out):
         plan.write()
         return conduct(

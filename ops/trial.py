@@ -24,7 +24,7 @@ from ops.federation import REFRESH_SECONDS, Env, Federation, Fleet, worker_answe
 from ops.flower_commands import Runtime, Transport
 from ops.live import LiveView
 from ops.options import Options
-from ops.plan import Plan, new_run_folder, read_plan
+from ops.plan import LOCK_FILE, Plan, new_run_folder, read_plan
 from ops.prepare import check_sites, prepare, short_folder, write_sites
 from ops.processes import Process, ProcessGroup
 from ops.report import write_report
@@ -34,7 +34,6 @@ from ops.tables import print_closing
 START_SECONDS = 90.0
 INTERRUPTED = 130
 RAY_SECONDS = 15.0
-LOCK_FILE = ".lock"
 
 
 class RunEnd:

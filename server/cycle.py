@@ -91,6 +91,7 @@ class Cycle:
         needed: How many sites the round needs.
         late: Tickets of former rounds.
         absent: Sites that were missing in the former round; they are not waited for where the round can do without.
+        gone: Returns (code, sentence) of a site that is not asked any more, however long the round waits.
     """
 
     def __init__(
@@ -107,7 +108,9 @@ class Cycle:
         needed: int,
         late: LateTickets,
         absent: Iterable[str] = (),
+        gone: Callable[[str], tuple[str, str] | None] = lambda site: None,
     ) -> None:
+        self._gone = gone
         self._link, self._events, self._rounds = link, events, rounds
         self._run, self._number, self._phase = run, number, phase
         self._nodes, self._message, self._needed = nodes, message, needed
@@ -162,6 +165,9 @@ class Cycle:
         now = time.monotonic()
         for site, watched in list(self._waiting.items()):
             if watched.again > now:
+                continue
+            if (why := self._gone(site)) is not None:
+                self._give_up(site, miss, *why)
                 continue
             watched.again = NEVER
             if watched.attempts:

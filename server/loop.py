@@ -231,6 +231,7 @@ class RoundLoop:
             self.link, self.events, self.config.rounds, run=self.run, number=number, phase=phase,
             nodes=self.roster.nodes, message=lambda site: self._message(number, phase, site),
             needed=needed, late=self._late, absent=self._absent,
+            gone=self.call.revoked if self.call is not None else lambda site: None,
         )  # fmt: skip
         try:
             cycle.run(there, take, miss)

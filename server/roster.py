@@ -89,6 +89,7 @@ class RosterCall:
         self._trouble: dict[int, tuple[str, str]] = {}
         self._refused: dict[int, tuple[str, float]] = {}
         self._strange: set[int] = set()
+        self._parted: set[str] = set()
         self._parts = encode(
             Envelope(
                 run, 0, HELLO, "", rounds=config.rounds.rounds, config=config.to_json(), versions=versions
@@ -108,8 +109,9 @@ class RosterCall:
         self._patience = patience or self.config.rounds.ready_timeout
         limit = time.monotonic() + self._patience
         expected = set(self.config.sites)
-        self._part_with_revoked()
         while time.monotonic() < limit:
+            self.dismiss()
+            self._part_with_revoked()
             self._ask_new(limit)
             for answer in self.link.poll(self._tickets):
                 self._take(answer)
@@ -146,12 +148,16 @@ class RosterCall:
         return CredentialError.code, f"{alias}: its key is not admitted any more; the site is not asked."
 
     def _part_with_revoked(self) -> None:
-        """Wait for no site whose key is not admitted any more (of a run that goes on): it cannot come."""
+        """Wait for no site whose key is not admitted any more: it cannot come, unless a new key is approved meanwhile."""
         known = self.admitted()
-        admitted = self.config.sites if known is None else known.values()
+        admitted = set(self.config.sites if known is None else known.values())
+        for alias in self._parted & admitted:
+            self._parted.discard(alias)
+            self.roster.refused.pop(alias, None)
         for alias in self.config.sites:
-            if alias not in admitted:
+            if alias not in admitted | self._parted:
                 message = f"{alias}: its key is not admitted any more; the site is not waited for."
+                self._parted.add(alias)
                 self.roster.refused[alias] = (CredentialError.code, message)
                 self.events.emit("site.refused", site=alias, code=CredentialError.code, message=message)
 
@@ -160,6 +166,7 @@ class RosterCall:
         gone = {alias: why for alias in self.roster.nodes if (why := self.revoked(alias))}
         for alias, why in gone.items():
             del self.roster.nodes[alias]
+            self._parted.add(alias)
             self.roster.refused[alias] = why
             self.events.emit("site.refused", site=alias, code=why[0], message=why[1])
         return list(gone)

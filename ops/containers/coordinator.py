@@ -10,6 +10,7 @@ sees it. An interrupted run goes on when the container is started again; one tha
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import replace
@@ -116,18 +117,23 @@ def same_run(options: Options, federation: Path, out: Path, project: Path) -> No
         ConfigError: Another configuration under the same name.
         DataError: No federation.json.
     """
-    from ops.admission import choose_admitted
     from ops.plan import make_run_plan
     from ops.provision_project import read_project
     from ops.remote import coordinator_plan
 
     known = coordinator_plan(out).config
-    # a site that was approved since does not make it another run; it takes part in the next one
-    sites = known.sites if options.sites is None else choose_admitted(read_project(project), options.sites)
+    # Who was approved or revoked since does not make it another run; whether enough are left is looked at next.
+    named = list(dict.fromkeys(part.strip() for part in (options.sites or "").split(",") if part.strip()))
+    sites = list(known.sites) if set(named) in (set(), set(known.sites)) else named
     asked = make_run_plan(replace(options, sites=None), federation, sites, out).config
     if asked.to_json() != known.to_json():
         raise ConfigError(
             f"Run '{out.name}' exists with another configuration. Choose another name: WARDROUND_RUN=NAME."
+        )
+    authority = json.loads((out / "config.json").read_text(encoding="utf-8")).get("authority")
+    if authority not in (None, read_project(project).authority):
+        raise ConfigError(
+            f"Run '{out.name}' is of another project (another authority). Choose another name: WARDROUND_RUN=NAME."
         )
 
 

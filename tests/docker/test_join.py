@@ -283,8 +283,8 @@ def test_dashboards_show_the_runs_on_loopback(second):
         assert answer.status == 200
     with urllib.request.urlopen(f"http://127.0.0.1:{coordinator.board}/", timeout=20) as answer:
         page = answer.read().decode()
-    assert "first" in page
-    assert "second" in page
+    assert 'href="/runs/first"' in page
+    assert 'href="/runs/second"' in page
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The coordinator as a container: what its variables mean, and a health check that asks the Fleet port."""
 
+import json
 import shutil
 import socket
 import ssl
@@ -11,6 +12,7 @@ from rich.console import Console
 from common.errors import ConfigError
 from common.federation import Federation, write_federation
 from ops import run as run_module
+from ops.approve import revoke
 from ops.containers import coordinator, places
 from ops.plan import make_run_plan
 from tests.ops.provisioned import project
@@ -112,6 +114,23 @@ def test_an_interrupted_run_goes_on_and_another_one_needs_another_name(start, tm
     for changed in ({"ROUNDS": "5"}, {"METHOD": "ditto", "ROUNDS": "4"}, {"SITES": "oak", "ROUNDS": "4"}):
         with pytest.raises(ConfigError, match="Run 'first' exists with another configuration"):
             start(RUN="first", **changed)
+
+
+def test_a_run_with_named_sites_goes_on_after_one_of_them_was_revoked(start, made, tmp_path):
+    start(RUN="first", SITES="oak,elm")
+    revoke("elm", made, reason="stolen")
+    start(RUN="first", SITES="oak,elm")
+    assert start.did[:2] == ("resume", tmp_path / "runs" / "first")
+    start(RUN="first")
+    assert start.did[0] == "resume"
+
+
+def test_a_run_of_another_project_is_not_continued(start, tmp_path):
+    start(RUN="first")
+    file = tmp_path / "runs" / "first" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"authority": "0" * 64}))
+    with pytest.raises(ConfigError, match="Run 'first' is of another project"):
+        start(RUN="first")
 
 
 def test_an_authority_left_in_the_project_is_pointed_out(start, made):

@@ -76,11 +76,14 @@ class KnowingControl(FakeControl):
 
     def __init__(self, world):
         super().__init__(world)
-        self.keys = {}
+        self.keys, self.given = {}, 0
 
     def register(self, key, *, site):
         super().register(key, site=site)
-        return self.keys.setdefault(key, len(self.keys) + 1)
+        if key not in self.keys:  # a number is never given twice
+            self.given += 1
+            self.keys[key] = self.given
+        return self.keys[key]
 
     def nodes(self):
         self._call("nodes")
@@ -94,6 +97,7 @@ class KnowingControl(FakeControl):
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
+    monkeypatch.setattr("ops.coordinator.load_public_pem", lambda path, site: path)  # keys are words here
     world = World(tmp_path, monkeypatch)
     world.coordinator.control = KnowingControl(world)
     return world.begun()
@@ -109,8 +113,16 @@ def test_the_serverapp_is_told_which_node_is_which_site(world):
 
 def test_new_keys_are_registered_and_others_forgotten_while_the_run_goes_on(world):
     assert world.coordinator.readmit({"oak": "key-1", "ash": "key-3"})
-    assert world.did == ["register oak key-1", "register ash key-3", "nodes", "forget 2"]
+    assert world.did == ["nodes", "forget 2", "register oak key-1", "register ash key-3"]
     assert written(world) == {"1": "oak", "3": "ash"}
+
+
+def test_a_key_that_is_not_taken_does_not_hold_up_a_revocation(world):
+    world.broken.add("register ash key-3")
+    with pytest.raises(ProcessError):
+        world.coordinator.readmit({"oak": "key-1", "ash": "key-3"})
+    assert "forget 2" in world.did
+    assert written(world) == {"1": "oak"}
 
 
 def test_a_link_that_died_meanwhile_knows_the_new_keys_when_it_is_back(world):
@@ -118,6 +130,7 @@ def test_a_link_that_died_meanwhile_knows_the_new_keys_when_it_is_back(world):
     assert not world.coordinator.readmit({"oak": "key-1"})
     assert world.did == []
     world.coordinator.control.keys.clear()
+    world.coordinator.control.given = 0
     world.tend()
     assert [what for what in world.did if what.startswith("register")] == ["register oak key-1"]
     assert written(world) == {"1": "oak"}

@@ -136,4 +136,6 @@ def test_preflight_reads_every_case_when_asked(tmp_path, monkeypatch):
     broken = check_cases(folder, "alpha", "x")
     assert broken.exit_code == DataError.exit_code
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert "docker run ..." in check_cases(folder, "alpha", "docker run ...").remedy
+    left = check_cases(folder, "alpha", "docker run ... /srv/patients")
+    assert "/srv" not in left.found + left.remedy
+    assert "docker run ..." in left.detail

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 
 import pytest
@@ -164,6 +165,44 @@ def test_a_site_that_is_revoked_in_the_middle_of_a_round_is_out_at_once(tmp_path
     with pytest.raises(QuorumError):
         loop.round(3)
     assert not [seen for seen in link.seen if seen[:2] == ("beta", 3)]
+
+
+def test_a_revoked_site_that_flower_takes_no_message_for_is_not_asked_until_the_deadline(tmp_path):
+    federation = Federation(tmp_path)
+    folder = tmp_path / "home-server"
+    write_nodes(folder, {1: "alpha", 2: "beta", 3: "gamma"})
+
+    class Refusing(MemoryLink):
+        """As Flower: no ticket for a node that is not registered any more."""
+
+        def ask(self, node, parts, **named):
+            gone = node == 2 and named["round"] == 2
+            if gone:
+                write_nodes(folder, {1: "alpha", 3: "gamma"})
+            return "" if gone else super().ask(node, parts, **named)
+
+    settings = table_config("fedavg", rounds=4)
+    rounds = settings.rounds.model_copy(update={"quorum": 1.0, "deadline": 600.0})
+    link = Refusing(federation.open_sites())
+    loop = federation.start(settings.model_copy(update={"rounds": rounds}), link=link)
+    loop.state = loop.round(1)
+    with pytest.raises(QuorumError, match="beta: its key is not admitted any more"):
+        loop.round(2)
+    assert loop.history[1].seconds < 30
+    assert loop.history[1].missing["beta"][0] == "credential"
+
+
+def test_a_site_that_is_revoked_while_the_run_waits_is_not_waited_for(bench):
+    call = bench({11: ready("oak")}, wait=30.0)
+    begun = time.monotonic()
+    timer = threading.Timer(0.1, write_nodes, (bench.folder, {11: "oak"}))
+    timer.start()
+    roster = call.collect()
+    timer.join()
+    assert time.monotonic() - begun < 10
+    assert roster.nodes == {"oak": 11}
+    assert roster.refused["elm"][0] == "credential"
+    assert [event["site"] for event in bench.told("site.refused")] == ["elm"]
 
 
 def test_without_a_coordinators_list_the_aliases_count_as_they_are_said(bench):
