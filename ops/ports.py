@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import psutil
 
@@ -94,6 +96,32 @@ def check_port(host: str, port: int) -> None:
                 f"Port {port} on {host} cannot be bound, {who}. End that program, or choose another port.",
                 detail=f"{error}; {detail}",
             ) from error
+
+
+@contextmanager
+def alone_at(*ports: int) -> Iterator[None]:
+    """Keep other commands of this machine that ask for the same from ports, as long as this is entered.
+
+    `check_port` alone does not: two SuperLinks that are started in the same seconds both find a port free, and gRPC then
+    lets them share it. An abstract Unix socket stands for each port; the kernel lets go of it with the process.
+
+    Args:
+        ports: TCP ports.
+
+    Raises:
+        ProcessError: Another command has one of them.
+    """
+    with ExitStack() as held:
+        for port in ports:
+            holder = held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            try:
+                holder.bind(f"\0wardround-port-{port}")
+            except OSError as error:
+                raise ProcessError(
+                    f"Another command of this machine starts or runs a SuperLink on port {port}. Wait for its end, or choose "
+                    "another port.", detail=str(error),
+                ) from error  # fmt: skip
+        yield
 
 
 def _holder(port: int) -> tuple[str, str]:

@@ -33,7 +33,7 @@ from ops.flower_commands import Addresses, Transport
 from ops.options import Options
 from ops.pki import TrialPki, load_public_pem
 from ops.plan import Plan, make_run_plan, new_run_folder
-from ops.ports import LOOPBACK, check_port, free_ports, release_ports
+from ops.ports import LOOPBACK, alone_at, check_port, free_ports, release_ports
 from ops.processes import ProcessGroup
 from ops.provision_files import join_address, split_address
 from ops.provision_project import Project, read_project
@@ -288,13 +288,17 @@ def work_at(place: Place, addresses: Addresses) -> Callable[..., dict[str, objec
     """Return the work of a project's run, for `ops.trial.conduct`."""
 
     def work(plan: Plan, events: EventLog, refresh: Callable[[], None]) -> dict[str, object]:
-        (plan.out / "events.jsonl").touch()  # from now on the run folder is worth keeping, whatever happens
-        run = ProjectRun(plan, place, addresses, events, refresh)
-        try:
-            run.start()
-            return run.watch()
-        finally:
-            run.stop()
+        ports = (int(address.rpartition(":")[2]) for address in (addresses.fleet, addresses.control))
+        with alone_at(*ports):
+            (
+                plan.out / "events.jsonl"
+            ).touch()  # from now on the run folder is worth keeping, whatever happens
+            run = ProjectRun(plan, place, addresses, events, refresh)
+            try:
+                run.start()
+                return run.watch()
+            finally:
+                run.stop()
 
     return work
 

@@ -113,3 +113,13 @@ def test_too_many_ports_is_a_clear_error_and_leaves_none_held(monkeypatch):
     with pytest.raises(ProcessError, match=r"Expected 10 free ports on 127\.0\.0\.1, got 3"):
         ports.free_ports(10)
     assert not ports._held
+
+
+def test_two_commands_cannot_have_one_port():
+    (port,) = ports.free_ports(1)
+    second = pytest.raises(ProcessError, match=f"SuperLink on port {port + 1}")
+    with ports.alone_at(port, port + 1), second, ports.alone_at(port + 1):
+        pass
+    with ports.alone_at(port):
+        pass
+    ports.release_ports([port])
