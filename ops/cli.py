@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.errors import WardroundError
+from ops.cli_options import EPOCHS, METHOD, OUT, ROUNDS, SEED, SETTINGS, TRANSPORT, typed_command
 from ops.failure import print_failure
 from ops.options import DEFAULT, Options
 
@@ -25,9 +25,6 @@ app = typer.Typer(
 )
 console = Console()
 
-METHOD = Annotated[
-    str, typer.Option("--method", "-m", help="Registered method; `wardround methods` lists them.")
-]
 DATA = Annotated[
     str,
     typer.Option(
@@ -41,30 +38,11 @@ TASK = Annotated[
     typer.Option("--task", help="segmentation, classification or tabular; only checked, the data says it."),
 ]
 SITES = Annotated[str | None, typer.Option("--sites", "-s", help="How many sites, or which (alias,alias).")]
-ROUNDS = Annotated[
-    int | None, typer.Option("--rounds", "-r", min=1, help="Rounds; the data's own preset if left out.")
-]
-EPOCHS = Annotated[int | None, typer.Option("--local-epochs", "-e", min=1, help="Local epochs per round.")]
-SEED = Annotated[int, typer.Option("--seed", min=0, help="Every random choice derives from it.")]
-OUT = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Run folder (new or empty); runs/TIME-METHOD if left out.")
-]
-SETTINGS = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        help="key=value, repeatable: --set lr=0.003 --set mu=0.1 --set quorum=0.67. `wardround settings` lists the keys.",
-    ),
-]
 DEVICE = Annotated[str, typer.Option("--device", help="Where workers compute: auto, cpu, cuda, cuda:N.")]
 
 
 def _options(method, data, task, sites, rounds, local_epochs, seed, out, settings) -> Options:  # type: ignore[no-untyped-def]  # noqa: ANN001
     return Options(method, data, task, sites, rounds, local_epochs, seed, out, tuple(settings or ()))
-
-
-def _command() -> str:
-    return "wardround " + shlex.join(sys.argv[1:])
 
 
 @app.command()
@@ -83,14 +61,7 @@ def trial(
         typer.Option("--runtime", help="Pre-forked relays and short polls, or Flower's own parts."),
     ] = "fast",
     device: DEVICE = "auto",
-    transport: Annotated[
-        Literal["memory", "file"],
-        typer.Option(
-            "--transport",
-            help="Where the SuperLink keeps messages: in memory, for models of any size; or in a file, which a "
-            "SuperLink that is restarted reads again (models up to about 100 MB).",
-        ),
-    ] = "memory",
+    transport: TRANSPORT = "memory",
     threads: Annotated[
         int,
         typer.Option("--threads", min=0, help="CPU threads per worker; 0 shares the cores among the sites."),
@@ -113,7 +84,7 @@ def trial(
 
     options = _options(method, data, task, sites, rounds, local_epochs, seed, out, settings)
     code = run_trial(
-        options, runtime=runtime, transport=transport, device=device, threads=threads, command=_command()
+        options, runtime=runtime, transport=transport, device=device, threads=threads, command=typed_command()
     )
     raise typer.Exit(code)
 
@@ -141,7 +112,7 @@ def simulate(
     from ops.trial import run_simulated
 
     options = _options(method, data, task, sites, rounds, local_epochs, seed, out, settings)
-    raise typer.Exit(run_simulated(options, device=device, threads=threads, command=_command()))
+    raise typer.Exit(run_simulated(options, device=device, threads=threads, command=typed_command()))
 
 
 @app.command()

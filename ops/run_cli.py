@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-PROJECT = Annotated[
-    Path,
-    typer.Option(
-        "--project", "-p", metavar="DIR", help="The project's folder, made by `wardround provision`."
-    ),
-]
+from ops.approve_cli import PROJECT
+from ops.cli_options import EPOCHS, METHOD, OUT, ROUNDS, SEED, SETTINGS, TRANSPORT, typed_command
+
 FEDERATION = Annotated[
     Path,
     typer.Option(
@@ -29,31 +24,18 @@ FEDERATION = Annotated[
 def run_command(
     project: PROJECT,
     federation: FEDERATION,
-    method: Annotated[
-        str, typer.Option("--method", "-m", help="Registered method; `wardround methods` lists them.")
-    ] = "fedavg",
-    rounds: Annotated[
-        int | None,
-        typer.Option("--rounds", "-r", min=1, help="Rounds; those of federation.json if left out."),
-    ] = None,
-    local_epochs: Annotated[
-        int | None, typer.Option("--local-epochs", "-e", min=1, help="Local epochs per round.")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Every random choice derives from it.")] = 0,
+    method: METHOD = "fedavg",
+    rounds: ROUNDS = None,
+    local_epochs: EPOCHS = None,
+    seed: SEED = 0,
     sites: Annotated[
         str | None,
         typer.Option(
             "--sites", "-s", metavar="ALIAS,ALIAS", help="Who takes part; all admitted if left out."
         ),
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="key=value, repeatable: --set quorum=0.67 --set ready_timeout=3600."),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="Run folder (new or empty); runs/TIME-METHOD if left out."),
-    ] = None,
+    settings: SETTINGS = None,
+    out: OUT = None,
     listen: Annotated[
         str,
         typer.Option(
@@ -64,14 +46,7 @@ def run_command(
         str,
         typer.Option("--control", metavar="HOST:PORT", help="Control API, on this machine's loopback alone."),
     ] = "127.0.0.1:9093",
-    transport: Annotated[
-        Literal["memory", "file"],
-        typer.Option(
-            "--transport",
-            help="Where the SuperLink keeps messages: in memory, for models of any size; or in a file, which a "
-            "SuperLink that is restarted reads again (models up to about 100 MB).",
-        ),
-    ] = "memory",
+    transport: TRANSPORT = "memory",
 ) -> None:
     """Run a project's federation from its coordinator; the hospitals connect by themselves.
 
@@ -106,6 +81,5 @@ def run_command(
         method=method, sites=sites, rounds=rounds, local_epochs=local_epochs, seed=seed, out=out,
         settings=tuple(settings or ()),
     )  # fmt: skip
-    command = "wardround " + shlex.join(sys.argv[1:])
     place = Place(project, listen, control)
-    raise typer.Exit(run_project(options, federation, place, transport=transport, command=command))
+    raise typer.Exit(run_project(options, federation, place, transport=transport, command=typed_command()))

@@ -32,28 +32,6 @@ FEDERATION = Path("/federation.json")
 AUTHORITY_KEY = Path("authority/ca.key")
 
 
-def options_of(variables: places.Variables, out: Path) -> Options:
-    """Return what the environment asks for, as the command line would.
-
-    Args:
-        variables: WARDROUND_METHOD, ROUNDS, LOCAL_EPOCHS, SEED, SITES (alias,alias), SETTINGS (key=value, separated by spaces).
-        out: The run folder.
-
-    Raises:
-        ConfigError: A number that is none, or a setting that is not key=value.
-    """
-    from ops.options import Options
-    from ops.plan import parse_settings
-
-    settings = tuple(variables.text("SETTINGS").split())
-    parse_settings(settings)
-    return Options(
-        method=variables.text("METHOD", "fedavg"), sites=variables.text("SITES") or None,
-        rounds=variables.number("ROUNDS") or None, local_epochs=variables.number("LOCAL_EPOCHS") or None,
-        seed=variables.number("SEED") or 0, out=out, settings=settings,
-    )  # fmt: skip
-
-
 def place_of(variables: places.Variables, project: Path) -> Place:
     """Return where the coordinator runs: in a container always the same port, published as the project's.
 
@@ -91,6 +69,7 @@ def run(variables: places.Variables, console: Console, *, project: Path, federat
     Raises:
         WardroundError: What is wrong, before anything is started or written.
     """
+    from ops.containers.wanted import options_of
     from ops.run import resume_project_run, run_project
 
     transport = variables.text("TRANSPORT", "memory")

@@ -25,9 +25,9 @@ from common.federation import FEDERATION_FILE, find_sites
 from common.store import write_bytes
 from ops.containers import places
 from ops.containers.superlink import tell
-from ops.options import Options
+from ops.containers.wanted import options_of
 from ops.pki import TrialPki, check_credentials, make_trial_pki
-from ops.plan import Plan, make_plan, parse_settings
+from ops.plan import Plan, make_plan
 from ops.prepare import check_sites
 
 DEFAULT_FILE = ".default.json"
@@ -193,20 +193,6 @@ def write_site_files(folder: Path, aliases: list[str], variables: places.Variabl
                 alias=alias, data=places.DATA, socket=places.SOCKET, home=places.HOME, compute=compute
             )
             write_site_config(config, path)
-
-
-def options_of(variables: places.Variables) -> Options:
-    """Return what the environment asks for, as the command line would.
-
-    Raises:
-        ConfigError: A number that is none, or a setting that is not key=value.
-    """
-    settings = tuple(variables.text("SETTINGS").split())
-    parse_settings(settings)
-    return Options(
-        method=variables.text("METHOD", "fedavg"), rounds=variables.number("ROUNDS") or None,
-        local_epochs=variables.number("LOCAL_EPOCHS") or None, seed=variables.number("SEED") or 0, settings=settings,
-    )  # fmt: skip
 
 
 def plan_run(volumes: Volumes, variables: places.Variables, console: Console) -> Plan:

@@ -155,7 +155,9 @@ def test_the_dashboards_only_read_and_answer_on_this_machine_alone():
 
 
 def test_the_coordinator_knows_the_variables_that_it_is_given():
-    source = (ROOT / "ops" / "containers" / "coordinator.py").read_text()
+    source = "".join(
+        (ROOT / "ops" / "containers" / name).read_text() for name in ("coordinator.py", "wanted.py")
+    )
     read = set(re.findall(r'variables\.(?:text|number)\("([A-Z_]+)"', source)) | {"RUN"}
     assert {name.removeprefix("WARDROUND_") for name in SERVICES["coordinator"]["environment"]} == read
 

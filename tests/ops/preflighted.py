@@ -9,6 +9,7 @@ import socket
 import ssl
 import threading
 
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -18,9 +19,12 @@ from ops.kit_request import make_request
 from ops.pki_issue import general_name, issue_server, private_pem
 from ops.preflight_engine import Answer
 from ops.preflight_run import Installation
+from ops.preflight_site import UID, check_kit
 from tests.datafiles import segmentation_site
 from tests.ops.provisioned import kit_at_site, project
 
+ROOT = os.geteuid() == 0
+needs_root = pytest.mark.skipif(not ROOT, reason="NOT TESTED: giving files to uid 10001 needs root")
 INFO = {
     "ServerVersion": "26.1.5+dfsg1",
     "DockerRootDir": "/",
@@ -71,6 +75,28 @@ def copied(place, folder):
     """The same installation in another folder: making one takes half a second, mostly for keys and fsync."""
     shutil.copytree(place.kit.parent, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("project"))
     return Installation(folder / "oak", environ={})
+
+
+def ready(place):
+    """In order, but for the key's owner where this is not run by root."""
+    if ROOT:
+        own(place.keys_place)
+    return place
+
+
+def own(folder):
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, UID, UID)
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def kit_of(place):
+    return check_kit(place.kit)[1]
 
 
 def open_to_all(folder):

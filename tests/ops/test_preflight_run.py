@@ -1,7 +1,6 @@
 """The whole preflight against a real TLS server, and the command."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +13,22 @@ from ops import preflight_run, site_run_cli
 from ops.pki_issue import Authority
 from ops.preflight import exit_code
 from ops.preflight_run import Installation, cases_command, is_kit, preflight
-from ops.preflight_site import UID, check_kit
 from ops.provision import load_authority
 from ops.site_cli import site_app
-from tests.ops.preflighted import Programs, copied, free_port, installation, listening, pair, proxy, tls
-
-ROOT = os.geteuid() == 0
-needs_root = pytest.mark.skipif(not ROOT, reason="NOT TESTED: giving files to uid 10001 needs root")
+from tests.ops.preflighted import (
+    ROOT,
+    Programs,
+    copied,
+    free_port,
+    installation,
+    kit_of,
+    listening,
+    needs_root,
+    pair,
+    proxy,
+    ready,
+    tls,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,27 +40,6 @@ def once(tmp_path_factory):
 def place(once, tmp_path):
     """In order, but for the key's owner where this is not run by root."""
     return ready(copied(once, tmp_path))
-
-
-def ready(place):
-    if ROOT:
-        own(place.keys_place)
-    return place
-
-
-def own(folder):
-    for path in (folder, *folder.rglob("*")):
-        os.chown(path, UID, UID)
-
-
-def edit(path, old, new):
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
-
-
-def kit_of(place):
-    return check_kit(place.kit)[1]
 
 
 def names(findings):

@@ -18,10 +18,7 @@ from ops.preflight_site import (
     readable,
     unreadable,
 )
-from tests.ops.preflighted import copied, installation
-
-ROOT = os.geteuid() == 0
-needs_root = pytest.mark.skipif(not ROOT, reason="NOT TESTED: giving files to uid 10001 needs root")
+from tests.ops.preflighted import ROOT, copied, edit, installation, kit_of, needs_root, own, ready
 
 
 @pytest.fixture(scope="module")
@@ -33,27 +30,6 @@ def once(tmp_path_factory):
 def place(once, tmp_path):
     """In order, but for the key's owner where this is not run by root."""
     return ready(copied(once, tmp_path))
-
-
-def ready(place):
-    if ROOT:
-        own(place.keys_place)
-    return place
-
-
-def own(folder):
-    for path in (folder, *folder.rglob("*")):
-        os.chown(path, UID, UID)
-
-
-def edit(path, old, new):
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
-
-
-def kit_of(place):
-    return check_kit(place.kit)[1]
 
 
 # rights
